@@ -1,0 +1,62 @@
+"""Which parameters the kernels step, and why not."""
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "triton", "eager")
+KERNEL_DTYPES = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
+
+
+def use_kernels(backend: str, group: dict[str, Any], param: Tensor) -> bool:
+    """Whether this parameter is stepped by the kernels; "auto" asks for a GPU that Triton drives."""
+    if backend == "eager" or group.get("fused") is False:
+        return False
+    return backend == "triton" or why_no_kernels(param) is None
+
+
+def why_no_kernels(param: Tensor, *, interpreted: bool = False) -> str | None:
+    """The reason why the kernels cannot step a parameter, None if they can.
+
+    Tensors on the CPU are within reach only of the interpreter, which is slow and never chosen by itself:
+    `interpreted` says that it was asked for.
+    """
+    if not triton_is_installed():
+        return "Triton is not installed"
+    if param.device.type == "cpu" and not (interpreted and triton_interprets()):
+        return "it is on the CPU, where Triton runs only in its interpreter (set TRITON_INTERPRET=1 before the start)"
+    if param.device.type not in ("cpu", "cuda", "xpu") or not _drives(param.device):
+        return f"Triton does not drive its device, {param.device}"
+    if (param.dtype.to_real() if param.dtype.is_complex else param.dtype) not in KERNEL_DTYPES:
+        return f"the kernels do not know its dtype, {param.dtype}"
+    if type(param).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return f"the memory of a {type(param).__name__} is not its own"
+    return None
+
+
+@cache
+def triton_is_installed() -> bool:
+    """Whether Triton can be imported. Asked once, and quietly."""
+    try:
+        import triton  # noqa: F401
+    except Exception:  # a broken installation raises more than ImportError
+        return False
+    return True
+
+
+def triton_interprets() -> bool:
+    """Whether the kernels run in Triton's interpreter, on the CPU. Fixed when Triton is first imported."""
+    if not triton_is_installed():
+        return False
+    from .kernels.rounding import INTERPRET
+
+    return bool(INTERPRET.value)
+
+
+@cache
+def _drives(device: torch.device) -> bool:
+    if device.type == "cuda" and torch.version.hip is None:
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return True

@@ -1,0 +1,145 @@
+"""The kernel backend: lays the tensors of a plan out for the kernels and steps them together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import layout
+from .tables import Item, Signature, Tables
+
+if TYPE_CHECKING:
+    from .hyper import Number
+    from .optimizer import FusedOptimizer
+    from .plan import Entry, Live, Row
+
+NO_ELEMENTS = 1  # in place of the address of a gradient that is there but empty; 0 means that there is none
+
+
+class KernelStep:
+    """The entries of a plan that the kernels step, in as few launches as their memory allows."""
+
+    def __init__(self, optimizer: FusedOptimizer, entries: Sequence[Entry], live: Live) -> None:
+        self._stand_ins: dict[int, Tensor] = {}  # of parameters with gaps: dense, filled before and read after
+        self._grad_strides: dict[int, tuple[int, ...]] = {}  # of gradients that do not lie as their parameters
+        items = []
+        extents = []
+        for position, (entry, param, row) in enumerate(zip(entries, live.params, live.rows, strict=True)):
+            if entry.kernels:
+                items.append(self._item(optimizer, position, entry, param, row))
+                grad = live.grads[position]
+                reads = [] if grad is None else [layout.extent(grad)]
+                extents.append(([layout.extent(tensor) for tensor in (param, *row)], reads))
+        together: dict[tuple[int, torch.device], list[Item]] = {}
+        for item, turn in zip(items, _turns(extents), strict=True):
+            together.setdefault((turn, live.params[item.position].device), []).append(item)
+        n_scalars = _count_scalars(optimizer)
+        self._tables = [
+            Tables(optimizer, together[turn, device], n_scalars, device)
+            for turn, device in sorted(together, key=lambda key: key[0])
+        ]
+
+    def _item(self, optimizer: FusedOptimizer, position: int, entry: Entry, param: Tensor, row: Row) -> Item:
+        stride = layout.dense_stride(param)
+        memory = param
+        if not layout.lies_as(param, stride):
+            memory = torch.empty_strided(param.shape, stride, dtype=param.dtype, device=param.device)
+            self._stand_ins[position] = memory
+        if not entry.grad_lies_as(stride):
+            self._grad_strides[position] = stride
+        named = dict(zip(entry.names, row, strict=True))
+        states = [named.get(name) for name in optimizer.states]
+        scalar_states = [named.get(name) for name in optimizer.scalar_states]
+        signature = Signature(
+            layout.real_dtype(param.dtype),
+            layout.real_dtype(entry.grad_dtype),
+            tuple(None if state is None else layout.real_dtype(state.dtype) for state in states),
+        )
+        return Item(
+            position,
+            entry.group,
+            signature,
+            param.numel() * (2 if param.is_complex() else 1),
+            tuple(0 if tensor is None else tensor.data_ptr() for tensor in (memory, *states)),
+            tuple(0 if tensor is None else tensor.data_ptr() for tensor in scalar_states),
+        )
+
+    def is_current(self) -> bool:
+        """Whether every table belongs to the stream that is current."""
+        return all(tables.is_current() for tables in self._tables)
+
+    def run(self, live: Live, hyper: Sequence[tuple[Number, ...]], hyper_changed: bool) -> None:
+        """Step every parameter of the kernels that has a gradient."""
+        for tables in self._tables:
+            grads = [live.grads[position] for position in tables.positions]
+            if not any(grad is not None for grad in grads):
+                continue
+            stand_ins = [
+                (self._stand_ins[position], live.params[position])
+                for position in tables.positions
+                if position in self._stand_ins and live.grads[position] is not None
+            ]
+            for stand_in, param in stand_ins:
+                stand_in.copy_(param)
+            if self._grad_strides:
+                grads = list(map(self._lay_grad, tables.positions, grads))
+            addresses = [0 if grad is None else grad.data_ptr() or NO_ELEMENTS for grad in grads]
+            tables.run(addresses, hyper, hyper_changed)
+            for stand_in, param in stand_ins:
+                param.copy_(stand_in)
+            # The kernels write through raw addresses: tell autograd, as any in-place operation would.
+            torch.autograd.graph.increment_version(
+                tensor
+                for position, grad in zip(tables.positions, grads, strict=True)
+                if grad is not None
+                for tensor in (live.params[position], *live.rows[position])
+            )
+
+    def _lay_grad(self, position: int, grad: Tensor | None) -> Tensor | None:
+        stride = self._grad_strides.get(position)
+        return grad if grad is None or stride is None else layout.dense_copy(grad, stride)
+
+    def describe(self) -> list[list[int]]:
+        """The contents of the tables, for comparison."""
+        return [tables.static.tolist() for tables in self._tables]
+
+
+def _count_scalars(optimizer: FusedOptimizer) -> int:
+    """How many scalars the rule has; the values that it is asked with do not matter."""
+    n_hyper = len(optimizer.hyper_rows()[0])
+    return len(optimizer.scalars((0.5,) * n_hyper, (0.5,) * len(optimizer.scalar_states))[0])
+
+
+Extent = tuple[int, int]
+
+
+def _turns(extents: Sequence[tuple[list[Extent], list[Extent]]]) -> list[int]:
+    """When each item is stepped: after every earlier item that writes what it touches, or reads what it writes.
+
+    Items are (extents written, extents read). All take turn 0 unless memory is shared, which a torch loop would
+    step one after the other.
+    """
+    spans = [(*extent, i, True) for i, (writes, _) in enumerate(extents) for extent in writes if extent[0] < extent[1]]
+    spans += [(*extent, i, False) for i, (_, reads) in enumerate(extents) for extent in reads if extent[0] < extent[1]]
+    turns = [0] * len(extents)
+    spans.sort()
+    starts = np.array([span[0] for span in spans])
+    ends = np.array([span[1] for span in spans])
+    if len(spans) < 2 or not (starts[1:] < np.maximum.accumulate(ends)[:-1]).any():
+        return turns
+    conflicts: dict[int, set[int]] = {}
+    active: list[tuple[int, int, int, bool]] = []
+    for span in spans:
+        active = [other for other in active if other[1] > span[0]]
+        for other in active:
+            if other[2] != span[2] and (other[3] or span[3]):
+                first, second = sorted((other[2], span[2]))
+                conflicts.setdefault(second, set()).add(first)
+        active.append(span)
+    for item in sorted(conflicts):
+        turns[item] = 1 + max(turns[earlier] for earlier in conflicts[item])
+    return turns

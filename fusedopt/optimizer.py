@@ -1,0 +1,248 @@
+"""The base class of every optimizer here, and of your own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from .backend import BACKENDS, triton_is_installed, why_no_kernels
+from .hyper import Hyper, Number
+from .plan import Plan, used_states
+
+Group: TypeAlias = dict[str, Any]
+Scalars: TypeAlias = tuple[float, ...]
+States: TypeAlias = Sequence[Any]  # tensors, or None for one that the options leave out
+
+
+class FusedOptimizer(torch.optim.Optimizer):
+    r"""An optimizer whose step is element-wise: one pass over memory where its kernels run, plain torch elsewhere.
+
+    A subclass declares its names and says its equation twice, in the same words: here in torch, and in Triton in the
+    module of `fusedopt.kernels` that `kernel` names.
+
+    Class attributes:
+        kernel: module of ``fusedopt.kernels`` with the functions ``scalars`` and ``update``, or these two functions.
+        hyperparameters: keys of a param group that the step reads, in the order in which `scalars` gets them. Numbers,
+            one-element tensors, or pairs of them (``betas``), which take two places.
+        options: keys of a param group that decide which states there are.
+        scalar_states: names of the states that are one number a parameter (``step``).
+        states: names of the states that are one number an element.
+
+    Args:
+        params: parameters, named parameters or param groups, as for any ``torch.optim.Optimizer``.
+        defaults: the default of every key of a param group.
+        backend: ``"auto"`` runs the kernels on parameters that lie on a GPU which Triton drives and the reference on
+            all others; ``"eager"`` always runs the reference; ``"triton"`` always runs the kernels, for tensors
+            on the CPU in Triton's interpreter, which ``TRITON_INTERPRET=1`` must have turned on. Not part of the
+            ``state_dict``.
+
+    Raises:
+        ValueError: unknown backend; ``backend="triton"`` for a parameter that the kernels cannot step.
+        RuntimeError: ``differentiable=True``; ``fused`` and ``foreach`` both true; ``backend="triton"`` without Triton.
+
+    """
+
+    kernel: ClassVar[Any]
+    hyperparameters: ClassVar[tuple[str, ...]]
+    options: ClassVar[tuple[str, ...]] = ()
+    scalar_states: ClassVar[tuple[str, ...]] = ()
+    states: ClassVar[tuple[str, ...]] = ()
+
+    backend: str
+    _plan: Plan | None
+    _hyper: Hyper
+
+    def __init__(self, params: ParamsT, defaults: Group, *, backend: str = "auto") -> None:
+        if backend not in BACKENDS:
+            raise ValueError(f"Invalid backend: {backend!r}, choose one of {', '.join(map(repr, BACKENDS))}")
+        if backend == "triton" and not triton_is_installed():
+            raise RuntimeError("backend='triton' needs Triton, which is not installed; 'auto' runs without it")
+        if backend == "triton" and defaults.get("fused") is False:
+            raise ValueError("fused=False asks for the reference, backend='triton' for the kernels: choose one")
+        if defaults.get("differentiable"):
+            raise RuntimeError(f"{type(self).__name__} does not support `differentiable`: its step is not traced")
+        if defaults.get("fused") and defaults.get("foreach"):
+            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+        self.backend = backend
+        self._reset()
+        super().__init__(params, defaults)
+
+    @staticmethod
+    def scalars(hyper: Scalars, scalar_states: Scalars) -> tuple[Scalars, Scalars]:
+        """What an update needs beside its tensors, computed once for each parameter and step in float64.
+
+        Args:
+            hyper: the numbers that `hyperparameters` names.
+            scalar_states: the numbers that `scalar_states` names; 1.0 for one that the options leave out.
+
+        Returns:
+            The scalars, and the new scalar states.
+
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def reference(param: Tensor, grad: Tensor, states: States, scalars: Scalars) -> None:
+        """The update in plain torch: write `param` and `states` in place, leave `grad` as it is.
+
+        All tensors are real and of one dtype, fp32 or fp64: other dtypes are converted before and after.
+
+        Args:
+            param: the parameter.
+            grad: its gradient, of the same shape.
+            states: the tensors that `states` names, None for one that the options leave out.
+            scalars: what `scalars` returned.
+
+        """
+        raise NotImplementedError
+
+    def uses(self, name: str, group: Group) -> bool:
+        """Whether the options of a group call for the state `name`."""
+        return True
+
+    def init_state(self, param: Tensor, state: dict[str, Any], group: Group) -> None:
+        """Create the states that a parameter lacks: 0 for each number, zeros for each tensor."""
+        for name in self.scalar_states:
+            if self.uses(name, group):
+                state.setdefault(name, 0.0)
+        for name in self.states:
+            if self.uses(name, group) and state.get(name) is None:
+                state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
+
+    def check_sparse(self, group: Group, name: str) -> None:
+        """Raise unless a step can use a sparse gradient."""
+        raise RuntimeError(f"{type(self).__name__} does not support sparse gradients ({name} has one)")
+
+    @torch.compiler.disable
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: reevaluates the model and returns the loss, which is then returned.
+
+        Raises:
+            RuntimeError: a gradient or state does not fit its parameter. Nothing has been written then.
+
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.no_grad():
+            self._step()
+        return loss
+
+    def _step(self) -> None:
+        plan = self._plan
+        hyper_changed = self._hyper.refresh(self.param_groups)
+        if plan is not None and hyper_changed and used_states(self) != plan.uses:
+            plan = None
+        live = plan.gather(self) if plan is not None else None
+        if live is None or _DEBUG:
+            fresh = Plan(self, self._plan)
+            if live is not None and plan is not None and not plan.describes_the_same(fresh):
+                raise RuntimeError("FUSEDOPT_DEBUG: something moved since the last step and was not noticed")
+            plan, live, hyper_changed = fresh, fresh.read(self), True
+        assert plan is not None
+        self._plan = plan
+        plan.run(self, live, self._hyper, hyper_changed)
+
+    def hyper_rows(self) -> list[tuple[Number, ...]]:
+        """The hyperparameters of every group, as the last step read them."""
+        return self._hyper.rows
+
+    def _reset(self) -> None:
+        self._plan = None
+        self._hyper = Hyper(self.hyperparameters, self.options)
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a param group, as ``torch.optim.Optimizer.add_param_group``."""
+        super().add_param_group(param_group)
+        if self.backend != "triton":
+            return
+        for index, param in enumerate(self.param_groups[-1]["params"]):
+            why = why_no_kernels(param, interpreted=True)
+            if why is not None:
+                group = len(self.param_groups) - 1
+                self.param_groups.pop()
+                raise ValueError(f"backend='triton' cannot step parameter {index} of group {group}: {why}")
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state, also one that ``torch.optim`` saved.
+
+        Unlike torch's, this keeps the dtype and the bits of every tensor, copies them (later steps leave `state_dict`
+        alone), and keeps this optimizer's options where the loaded groups have none.
+        """
+        # Last of the hooks, so that it sees what the user's have made of the dict.
+        hook = self.register_load_state_dict_pre_hook(_shield)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "backend": self.backend}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("backend", "auto")
+        self._reset()
+        for group in self.param_groups:
+            for key, default in self.defaults.items():
+                group.setdefault(key, default)
+        for owner, values in self.state.items():
+            if isinstance(values, dict):
+                device = owner.device if isinstance(owner, Tensor) else None
+                self.state[owner] = {key: _unshield(key, value, device, self) for key, value in values.items()}
+
+    def __repr__(self) -> str:
+        kernels = sum(
+            self.backend == "triton" or (self.backend == "auto" and why_no_kernels(param) is None)
+            for group in self.param_groups
+            if group.get("fused") is not False
+            for param in group["params"]
+        )
+        total = sum(len(group["params"]) for group in self.param_groups)
+        runs = "triton" if kernels == total else "eager" if kernels == 0 else f"triton for {kernels} of {total}"
+        head, _, rest = super().__repr__().partition("\n")
+        return f"{head}\nbackend: {runs} ({self.backend!r} asked for)\n{rest}"
+
+
+_DEBUG = os.environ.get("FUSEDOPT_DEBUG", "0") not in ("", "0")
+
+
+class _Shielded:
+    """Carries a tensor through torch's load_state_dict, which would cast it to the parameter's dtype."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def _shield(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    state = {
+        key: {k: _Shielded(v) if isinstance(v, Tensor) else v for k, v in values.items()}
+        if isinstance(values, dict)
+        else values
+        for key, values in state_dict["state"].items()
+    }
+    groups = list(state_dict["param_groups"])
+    if len(groups) == len(optimizer.param_groups):
+        unsaved = ("params", "param_names")
+        groups = [
+            {**{k: v for k, v in own.items() if k not in unsaved}, **loaded}
+            for own, loaded in zip(optimizer.param_groups, groups, strict=True)
+        ]
+    return {**state_dict, "state": state, "param_groups": groups}
+
+
+def _unshield(key: str, value: Any, device: torch.device | None, optimizer: FusedOptimizer) -> Any:
+    if not isinstance(value, _Shielded):
+        return value
+    if key in optimizer.scalar_states or device is None:
+        return value.tensor.clone()  # the step brings it where its backend reads it
+    return value.tensor.to(device, copy=True)

@@ -1,0 +1,313 @@
+"""What a step works on: which parameters, which states, which backend. Made once, kept while nothing moves.
+
+Making a plan checks every tensor before anything is written. `Plan.gather` reads every tensor again at each step
+and says whether the plan still describes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import chain
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import eager, layout
+from .backend import use_kernels, why_no_kernels
+from .hyper import Hyper
+from .multi_tensor import KernelStep
+from .watch import MetaWatch, meta
+
+if TYPE_CHECKING:
+    from .optimizer import FusedOptimizer
+
+Row = tuple[Tensor, ...]
+
+
+@dataclass(slots=True)
+class Entry:
+    """One parameter of a plan. Holds no tensor: a strong reference would defeat offloading and `swap_tensors`."""
+
+    index: int
+    group: int
+    name: str
+    kernels: bool
+    scalar_names: tuple[str, ...]
+    state_names: tuple[str, ...]
+    grad_meta: tuple[Any, ...] | None
+    plain: bool = False
+
+    @property
+    def grad_dtype(self) -> torch.dtype:
+        """The dtype of the gradient, now or when it was last there."""
+        assert self.grad_meta is not None
+        return self.grad_meta[0]
+
+    def grad_lies_as(self, param_stride: tuple[int, ...]) -> bool:
+        """Whether the kernels can read the gradient beside a parameter of these strides."""
+        assert self.grad_meta is not None
+        _, _, shape, stride, _, is_conj, is_neg = self.grad_meta
+        return not (is_conj or is_neg) and layout.same_order(shape, stride, param_stride)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The keys of the parameter's state that the step reads, in the order of a gathered row."""
+        return self.scalar_names + self.state_names
+
+
+@dataclass(slots=True)
+class Live:
+    """The tensors of this step, one item an entry; a row holds the entry's `names`."""
+
+    params: list[Tensor]
+    grads: list[Tensor | None]
+    rows: list[Row]
+    watched: list[Tensor]  # parameters and states, one after the other
+    n_grads: int  # of all parameters, also of those outside the plan
+
+
+class Plan:
+    """The entries of an optimizer and how to see that they are what they were."""
+
+    def __init__(self, optimizer: FusedOptimizer, previous: Plan | None) -> None:
+        params = _all_params(optimizer)
+        known = previous.grad_metas() if previous is not None else {}
+        self.entries: list[Entry] = []
+        for entry in _entries(optimizer, known):
+            param = params[entry.index]
+            if param.grad is not None:
+                _check(optimizer, entry, param)
+                self.entries.append(entry)
+            elif entry.grad_meta is not None and _is_ready(optimizer, entry, param):
+                self.entries.append(entry)
+        for entry in self.entries:
+            _settle_states(optimizer, entry, params[entry.index])
+
+        self.uses = used_states(optimizer)
+        self._param_ids = list(map(id, params))
+        self._group_sizes = [len(group["params"]) for group in optimizer.param_groups]
+        self._state_ids = list(map(id, optimizer.state))
+        rows = {state_id: row for row, state_id in enumerate(self._state_ids)}
+        names: list[tuple[str, ...]] = [()] * len(self._state_ids)
+        self._row_of = []
+        for entry in self.entries:
+            row = rows[self._param_ids[entry.index]] if entry.names else -1
+            if entry.names:
+                names[row] = entry.names
+            self._row_of.append(row)
+        self._getters = list(map(_getter, names))
+
+        live = self.read(optimizer)
+        self._addresses = list(map(Tensor.data_ptr, live.watched))
+        self._watch = MetaWatch(live.watched)
+        self._grad_pattern: list[bool] = []
+        self._grad_watch = MetaWatch([])
+        for entry, param, states in zip(self.entries, live.params, live.rows, strict=True):
+            entry.plain = _is_plain(entry, param, states[len(entry.scalar_names) :])
+        self._kernels = KernelStep(optimizer, self.entries, live) if any(e.kernels for e in self.entries) else None
+
+    def grad_metas(self) -> dict[int, tuple[Any, ...] | None]:
+        """By the id of the parameter, how its gradient last lay."""
+        return {self._param_ids[entry.index]: entry.grad_meta for entry in self.entries}
+
+    def read(self, optimizer: FusedOptimizer) -> Live:
+        """The tensors of this step. KeyError or TypeError where a state is gone or no tensor any more."""
+        params = _all_params(optimizer)
+        grads = [param.grad for param in params]
+        # In the order of `optimizer.state`: looking a parameter up would hash it, which torch does in Python.
+        rows = [get(state) for get, state in zip(self._getters, optimizer.state.values(), strict=True)]
+        n_grads = sum(grad is not None for grad in grads)
+        if len(self.entries) < len(params):
+            params = [params[entry.index] for entry in self.entries]
+            grads = [grads[entry.index] for entry in self.entries]
+        watched = [*params, *chain.from_iterable(rows)]
+        rows.append(())  # of an entry without states, at -1
+        return Live(params, grads, [rows[i] for i in self._row_of], watched, n_grads)
+
+    def gather(self, optimizer: FusedOptimizer) -> Live | None:
+        """The tensors of this step if all of them are where and what the plan says, else None."""
+        if (
+            list(map(id, _all_params(optimizer))) != self._param_ids
+            or list(map(id, optimizer.state)) != self._state_ids
+            or [len(group["params"]) for group in optimizer.param_groups] != self._group_sizes
+        ):
+            return None
+        try:
+            live = self.read(optimizer)
+            addresses = list(map(Tensor.data_ptr, live.watched))
+        except (KeyError, TypeError, RuntimeError):  # a state is gone, no tensor any more, or without an address
+            return None
+        if addresses != self._addresses or not self._watch.holds(live.watched):
+            return None
+        if live.n_grads != sum(grad is not None for grad in live.grads) or not self._grads_lie_as_known(live.grads):
+            return None
+        if self._kernels is not None and not self._kernels.is_current():
+            return None
+        return live
+
+    def run(self, optimizer: FusedOptimizer, live: Live, hyper: Hyper, hyper_changed: bool) -> None:
+        """Step every parameter that has a gradient."""
+        if self._kernels is not None:
+            self._kernels.run(live, hyper.rows, hyper_changed)
+        for entry, param, grad, row in zip(self.entries, live.params, live.grads, live.rows, strict=True):
+            if grad is not None and not entry.kernels:
+                eager.step(optimizer, entry, param, grad, row, hyper.rows[entry.group])
+
+    def describes_the_same(self, other: Plan) -> bool:
+        """Whether two plans would step the same memory in the same way."""
+        tables = [None if plan._kernels is None else plan._kernels.describe() for plan in (self, other)]
+        return self.entries == other.entries and self._addresses == other._addresses and tables[0] == tables[1]
+
+    def _grads_lie_as_known(self, grads: list[Tensor | None]) -> bool:
+        present = [grad for grad in grads if grad is not None]
+        pattern = [grad is not None for grad in grads]
+        if pattern == self._grad_pattern:
+            return self._grad_watch.holds(present)
+        for grad, entry in zip(grads, self.entries, strict=True):
+            if grad is not None and (grad.layout != torch.strided or meta(grad) != entry.grad_meta):
+                return False
+        self._grad_pattern, self._grad_watch = pattern, MetaWatch(present)
+        return True
+
+
+def used_states(optimizer: FusedOptimizer) -> list[tuple[bool, ...]]:
+    """For each group: whether it may use the kernels, and which states its options call for."""
+    names = (*optimizer.scalar_states, *optimizer.states)
+    return [
+        (group.get("fused") is not False, *(optimizer.uses(name, group) for name in names))
+        for group in optimizer.param_groups
+    ]
+
+
+def _all_params(optimizer: FusedOptimizer) -> list[Tensor]:
+    return list(chain.from_iterable(map(itemgetter("params"), optimizer.param_groups)))
+
+
+def _getter(names: tuple[str, ...]) -> Callable[[dict[str, Any]], Row]:
+    if len(names) > 1:
+        return itemgetter(*names)
+    return lambda state: tuple(state[name] for name in names)
+
+
+def _entries(optimizer: FusedOptimizer, known: dict[int, tuple[Any, ...] | None]) -> list[Entry]:
+    entries: list[Entry] = []
+    index = 0
+    for group_index, group in enumerate(optimizer.param_groups):
+        scalar_names = tuple(name for name in optimizer.scalar_states if optimizer.uses(name, group))
+        state_names = tuple(name for name in optimizer.states if optimizer.uses(name, group))
+        for position, param in enumerate(group["params"]):
+            name = f"parameter {position} of group {group_index}"
+            if "param_names" in group and position < len(group["param_names"]):
+                name += f" ({group['param_names'][position]!r})"
+            if not isinstance(param, Tensor):
+                raise TypeError(f"{name} must be a Tensor, but it is {torch.typename(param)}")
+            grad = param.grad
+            grad_meta = meta(grad) if grad is not None else known.get(id(param))
+            kernels = use_kernels(optimizer.backend, group, param) and (grad is None or not grad.is_sparse)
+            entries.append(Entry(index, group_index, name, kernels, scalar_names, state_names, grad_meta))
+            index += 1
+    return entries
+
+
+def _check(optimizer: FusedOptimizer, entry: Entry, param: Tensor) -> None:
+    """Raise for anything that the step could not do, before it does anything."""
+    grad = param.grad
+    assert grad is not None
+    name = entry.name
+    if grad.layout != torch.strided:
+        optimizer.check_sparse(optimizer.param_groups[entry.group], name)
+    if grad.device != param.device:
+        raise RuntimeError(f"{name} is on {param.device}, but its gradient is on {grad.device}")
+    if grad.shape != param.shape:
+        raise RuntimeError(f"{name} has shape {tuple(param.shape)}, but its gradient has {tuple(grad.shape)}")
+    if grad.is_complex() != param.is_complex():
+        raise RuntimeError(f"{name} is {param.dtype}, but its gradient is {grad.dtype}")
+    if not (param.is_floating_point() or param.is_complex()):
+        raise RuntimeError(f"{name} must be of a floating-point or complex dtype, but it is {param.dtype}")
+    if layout.overlaps_itself(param):
+        raise RuntimeError(f"{name} is expanded: several of its elements share one place in memory")
+    if entry.kernels:
+        why = why_no_kernels(param, interpreted=True)
+        if why is not None:
+            raise RuntimeError(f"backend='triton' cannot step {name}: {why}")
+        if param.numel() and not (param.data_ptr() and grad.data_ptr()):
+            raise RuntimeError(f"{name} or its gradient has no memory that a kernel can reach")
+    state = optimizer.state.get(param, {})
+    for state_name in entry.state_names:
+        value = state.get(state_name)
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"state {state_name!r} of {name} must be a Tensor, but it is {torch.typename(value)}")
+        if value is not None and (value.shape != param.shape or value.is_complex() != param.is_complex()):
+            raise RuntimeError(
+                f"state {state_name!r} of {name} is {value.dtype} of shape {tuple(value.shape)}, "
+                f"but the parameter is {param.dtype} of shape {tuple(param.shape)}"
+            )
+    for state_name in entry.scalar_names:
+        value = state.get(state_name, 0.0)
+        if not (value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, (int, float))):
+            raise RuntimeError(f"state {state_name!r} of {name} must be one number, but it is {value!r}")
+
+
+def _is_ready(optimizer: FusedOptimizer, entry: Entry, param: Tensor) -> bool:
+    """Whether a parameter without a gradient, but with one before, can have its place in the plan as it is."""
+    state = optimizer.state.get(param, {})
+    if entry.grad_meta is None or entry.grad_meta[1:3] != (param.device, param.shape) or layout.overlaps_itself(param):
+        return False
+    states = [state.get(name) for name in entry.names]
+    return all(isinstance(value, Tensor) for value in states) and all(
+        state[name].shape == param.shape for name in entry.state_names
+    )
+
+
+def _settle_states(optimizer: FusedOptimizer, entry: Entry, param: Tensor) -> None:
+    """Create the states that are missing, and bring the others where the backend reads them."""
+    if not entry.names:
+        return
+    group = optimizer.param_groups[entry.group]
+    state = optimizer.state[param]
+    if any(state.get(name) is None for name in entry.names):
+        optimizer.init_state(param, state, group)
+    for name in entry.scalar_names:
+        state[name] = _settled_scalar(state[name], param, entry.kernels)
+    for name in entry.state_names:
+        state[name] = _settled_state(state[name], param, entry.kernels)
+
+
+def _settled_scalar(value: Any, param: Tensor, kernels: bool) -> Tensor:
+    """A number as the 0-d tensor that torch keeps: fp32 beside the parameter for the kernels, else on the CPU."""
+    device = param.device if kernels else torch.device("cpu")
+    dtype = torch.float64 if torch.get_default_dtype() == torch.float64 and not kernels else torch.float32
+    if not isinstance(value, Tensor):
+        return torch.tensor(float(value), dtype=dtype, device=device)
+    if value.dim() == 0 and value.device == device and value.dtype in ({torch.float32} if kernels else _FLOATS):
+        return value
+    return value.detach().reshape(()).to(device=device, dtype=dtype)
+
+
+_FLOATS = {torch.float32, torch.float64}
+
+
+def _settled_state(value: Tensor, param: Tensor, kernels: bool) -> Tensor:
+    grad = param.grad
+    if value.layout != torch.strided:
+        return value.to_dense() if grad is not None and grad.layout == torch.strided else value
+    if kernels:
+        stride = layout.dense_stride(param)
+        if value.device == param.device and layout.lies_as(value, stride):
+            return value
+        return layout.dense_copy(value.to(param.device), stride)
+    if value.device != param.device or not layout.is_raw(value) or layout.overlaps_itself(value):
+        return value.to(param.device, copy=True).resolve_conj().resolve_neg().contiguous()
+    return value
+
+
+def _is_plain(entry: Entry, param: Tensor, states: Row) -> bool:
+    """Whether the reference can work on the tensors themselves, in their own dtype."""
+    dtype = layout.compute_dtype(param)
+    return (
+        all(tensor.dtype == dtype and layout.is_raw(tensor) for tensor in (param, *states))
+        and entry.grad_dtype == dtype
+    )

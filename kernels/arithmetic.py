@@ -1,0 +1,34 @@
+"""Arithmetic that Triton rounds differently from IEEE 754 unless told otherwise."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def div(x, y):
+    """X / y, correctly rounded. For fp64, `/` already is."""
+    if x.dtype == tl.float64:
+        return x / y
+    else:
+        return tl.div_rn(x, y)
+
+
+@triton.jit
+def sqrt(x):
+    """The square root, correctly rounded. For fp64, `tl.sqrt` already is."""
+    if x.dtype == tl.float64:
+        return tl.sqrt(x)
+    else:
+        return tl.sqrt_rn(x)
+
+
+@triton.jit
+def power(base, exponent):
+    """Base ** exponent for 0 <= base and 0 < exponent, in float64 (Triton has no pow)."""
+    return tl.exp2(exponent * tl.log2(base))
+
+
+@triton.jit
+def maximum(x, y):
+    """The larger of the two, NaN where either is NaN, as torch.maximum."""
+    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)

@@ -1,0 +1,178 @@
+"""The two generic kernels. Every optimizer's step is one launch of `prepare` and, for each signature, one of `update`.
+
+Tensors are reached through tables of addresses (`fusedopt.multi_tensor` builds them), so the number of launches
+depends neither on the number of tensors nor on their sizes.
+"""
+
+import triton
+import triton.language as tl
+
+from .rounding import load, store
+
+
+def _rule_name(function) -> str:
+    return f"{function.__module__.rpartition('.')[2]}_{function.__name__}"
+
+
+@triton.jit(
+    repr=lambda specialization: f"fusedopt_prepare_{_rule_name(specialization.constants['SCALARS'])}",
+    do_not_specialize=["n_tensors"],
+)
+def prepare(
+    groups_ptr,  # int64 [n_tensors]: the param group of each tensor
+    grads_ptr,  # int64 [n_tensors]: address of the gradient, 0 = none in this step
+    scalar_states_ptr,  # int64 [n_tensors, N_SCALAR_STATES]: addresses of 0-d fp32 states, 0 = absent
+    hyper_ptr,  # float64 [groups, N_HYPER]
+    hyper_tensors_ptr,  # int64 [groups, N_HYPER]: address of a device tensor, +1 if it is fp32, 0 = take hyper_ptr's
+    scalars_ptr,  # float64 [n_tensors, len(scalars)]: written
+    n_tensors: tl.int64,
+    SCALARS: tl.constexpr,
+    N_HYPER: tl.constexpr,
+    N_SCALAR_STATES: tl.constexpr,
+    HYPER_TENSORS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """Advance the per-tensor states and compute each tensor's scalars, one tensor a lane, in float64."""
+    tensors = tl.program_id(0).to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+    mask = tensors < n_tensors
+    mask = mask & (tl.load(grads_ptr + tensors, mask=mask, other=0) != 0)
+    groups = tl.load(groups_ptr + tensors, mask=mask, other=0)
+
+    hyper = ()
+    for i in tl.static_range(N_HYPER):
+        # Lanes without a tensor read group 0, so that they compute with valid numbers.
+        value = tl.load(hyper_ptr + groups * N_HYPER + i)
+        if HYPER_TENSORS:
+            address = tl.load(hyper_tensors_ptr + groups * N_HYPER + i)
+            is_fp32 = address % 2 == 1
+            fp32 = tl.load((address - 1).to(tl.pointer_type(tl.float32)), mask=is_fp32, other=0.0)
+            fp64 = tl.load(address.to(tl.pointer_type(tl.float64)), mask=(address != 0) & (address % 2 == 0), other=0.0)
+            value = tl.where(is_fp32, fp32.to(tl.float64), tl.where(address != 0, fp64, value))
+        hyper += (value,)
+
+    scalar_state_ptrs = ()
+    scalar_states = ()
+    for i in tl.static_range(N_SCALAR_STATES):
+        address = tl.load(scalar_states_ptr + tensors * N_SCALAR_STATES + i, mask=mask, other=0)
+        scalar_state_ptr = address.to(tl.pointer_type(tl.float32))
+        scalar_state_ptrs += (scalar_state_ptr,)
+        scalar_states += (tl.load(scalar_state_ptr, mask=address != 0, other=1.0).to(tl.float64),)
+
+    scalars, scalar_states = SCALARS(hyper, scalar_states)
+
+    for i in tl.static_range(N_SCALAR_STATES):
+        present = scalar_state_ptrs[i].to(tl.int64) != 0
+        tl.store(scalar_state_ptrs[i], scalar_states[i].to(tl.float32), mask=present)
+    for i in tl.static_range(len(scalars)):
+        tl.store(scalars_ptr + tensors * len(scalars) + i, scalars[i] + tl.zeros_like(hyper[0]), mask=mask)
+
+
+@triton.jit
+def update_tile(
+    param_address,
+    grad_address,
+    state_addresses,
+    scalars,
+    first,
+    offsets,
+    mask,
+    UPDATE: tl.constexpr,
+    PARAM: tl.constexpr,
+    GRAD: tl.constexpr,
+    STATES: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    ALIGN: tl.constexpr,
+    GRAD_ALIGN: tl.constexpr,
+):
+    """One block of elements of every stream: load, apply the rule, store."""
+    # The alignment hint belongs to the cast that makes the pointer, so every caller casts anew.
+    param_ptr = tl.multiple_of(param_address.to(tl.pointer_type(PARAM)), ALIGN) + first
+    grad_ptr = tl.multiple_of(grad_address.to(tl.pointer_type(GRAD)), GRAD_ALIGN) + first
+    param = load(param_ptr + offsets, mask, COMPUTE)
+    grad = load(grad_ptr + offsets, mask, COMPUTE)
+    state_ptrs = ()
+    states = ()
+    for i in tl.static_range(len(STATES)):
+        if STATES[i] is None:
+            state_ptrs += (param_ptr,)
+            states += (param,)
+        else:
+            state_ptr = tl.multiple_of(state_addresses[i].to(tl.pointer_type(STATES[i])), ALIGN) + first
+            state_ptrs += (state_ptr,)
+            states += (load(state_ptr + offsets, mask, COMPUTE),)
+
+    param, states = UPDATE(param, grad, states, scalars, STATES)
+
+    store(param_ptr + offsets, param, mask)
+    for i in tl.static_range(len(STATES)):
+        if STATES[i] is not None:
+            store(state_ptrs[i] + offsets, states[i], mask)
+
+
+@triton.jit(
+    repr=lambda specialization: f"fusedopt_{_rule_name(specialization.constants['UPDATE'])}",
+    do_not_specialize=["first_tensor"],
+)
+def update(
+    rows_ptr,  # int64 [rows, 2 + len(STATES)]: numel, address of the parameter, of each state (0 = absent)
+    grads_ptr,  # int64 [n_tensors]: address of the gradient, 0 = none in this step
+    scalars_ptr,  # float64 [n_tensors, N_SCALARS]: written by prepare
+    chunks_ptr,  # int32 [programs, 2]: row, index of the chunk in its tensor
+    first_tensor: tl.int64,  # the tensor of row 0
+    UPDATE: tl.constexpr,
+    PARAM: tl.constexpr,  # stored dtypes; STATES has None where the options leave a state out
+    GRAD: tl.constexpr,
+    STATES: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    N_SCALARS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    CHUNK_SIZE: tl.constexpr,
+    CONTIGUITY: tl.constexpr,  # elements of a thread that lie together: 16 bytes of the widest stream
+):
+    """Apply the rule to one chunk of one tensor: each stream is read once, each but the gradient written once."""
+    pid = tl.program_id(0).to(tl.int64)
+    row = tl.load(chunks_ptr + 2 * pid).to(tl.int64)
+    chunk = tl.load(chunks_ptr + 2 * pid + 1)
+    tensor = first_tensor + row
+    grad_address = tl.load(grads_ptr + tensor)
+    if grad_address == 0:
+        return
+
+    row_ptr = rows_ptr + row * (2 + len(STATES))
+    param_address = tl.load(row_ptr + 1)
+    addresses = param_address
+    state_addresses = ()
+    for i in tl.static_range(len(STATES)):
+        state_address = tl.load(row_ptr + 2 + i)
+        state_addresses += (state_address,)
+        addresses |= state_address
+    scalars = ()
+    for i in tl.static_range(N_SCALARS):
+        scalars += (tl.load(scalars_ptr + tensor * N_SCALARS + i).to(COMPUTE),)
+
+    first = chunk.to(tl.int64) * CHUNK_SIZE
+    length = tl.minimum(tl.load(row_ptr) - first, CHUNK_SIZE).to(tl.int32)
+    # [0, all_aligned) has 16-byte accesses everywhere, [all_aligned, aligned) everywhere but in the gradient,
+    # the rest goes element by element. `// 8 * 8` tells the compiler what `& -8` would not.
+    aligned = tl.where(addresses % 16 == 0, length // 8 * 8, 0)
+    all_aligned = tl.where(grad_address % 16 == 0, aligned, 0)
+    lanes = tl.max_contiguous(tl.multiple_of(tl.arange(0, BLOCK_SIZE), CONTIGUITY), CONTIGUITY)
+
+    for start in range(0, all_aligned, BLOCK_SIZE):
+        offsets = start + lanes
+        update_tile(
+            param_address, grad_address, state_addresses, scalars, first, offsets, offsets < all_aligned,
+            UPDATE, PARAM, GRAD, STATES, COMPUTE, ALIGN=16, GRAD_ALIGN=16,
+        )  # fmt: skip
+    for start in range(all_aligned, aligned, BLOCK_SIZE):
+        offsets = start + lanes
+        update_tile(
+            param_address, grad_address, state_addresses, scalars, first, offsets, offsets < aligned,
+            UPDATE, PARAM, GRAD, STATES, COMPUTE, ALIGN=16, GRAD_ALIGN=1,
+        )  # fmt: skip
+    for start in range(aligned, length, BLOCK_SIZE):
+        offsets = start + lanes
+        update_tile(
+            param_address, grad_address, state_addresses, scalars, first, offsets, offsets < length,
+            UPDATE, PARAM, GRAD, STATES, COMPUTE, ALIGN=1, GRAD_ALIGN=1,
+        )  # fmt: skip

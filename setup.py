@@ -1,0 +1,9 @@
+"""Packages are listed by hand: a top-level `kernels` in site-packages would collide with the package of that name."""
+
+from setuptools import setup
+
+setup(
+    packages=["fusedopt", "fusedopt.kernels"],
+    package_dir={"fusedopt": "fusedopt", "fusedopt.kernels": "kernels"},
+    package_data={"fusedopt": ["py.typed"]},
+)
