@@ -1,0 +1,89 @@
+"""The one table of optimizers and options that tests and benchmarks share.
+
+A new optimizer needs one or more rows here; every property test, compile check and benchmark then covers it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+import fusedopt
+
+
+@dataclass(frozen=True)
+class Case:
+    optimizer: str
+    options: dict[str, Any] = field(default_factory=dict)
+    in_torch: bool = True  # False for the options that torch.optim lacks
+
+    @property
+    def id(self) -> str:
+        named = [key if value is True else f"{key}={value}" for key, value in self.options.items()]
+        return "-".join([self.optimizer, *named]).replace(" ", "")
+
+    def make(self, params: Any, **extra: Any) -> fusedopt.FusedOptimizer:
+        return getattr(fusedopt, self.optimizer)(params, **self.options, **extra)
+
+    def make_torch(self, params: Any, **extra: Any) -> torch.optim.Optimizer:
+        assert self.in_torch, f"torch.optim has no {self.id}"
+        return getattr(torch.optim, self.optimizer)(params, **self.options, foreach=False, **extra)
+
+
+def _rows(optimizer: str, *options: dict[str, Any], in_torch: bool = True) -> list[Case]:
+    return [Case(optimizer, row, in_torch) for row in options]
+
+
+CASES = [
+    *_rows(
+        "SGD",
+        {"lr": 0.1},
+        {"lr": 0.1, "weight_decay": 0.1, "maximize": True},
+        {"lr": 0.1, "momentum": 0.9},
+        {"lr": 0.1, "momentum": 0.9, "dampening": 0.5, "weight_decay": 0.1},
+        {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1, "maximize": True},
+    ),
+    *_rows(
+        "SGD",
+        {"lr": 0.1, "momentum": 0.5, "weight_decay": 0.1, "lr_in_momentum": True},
+        {"lr": 0.1, "momentum": 0.9, "nesterov": True, "lr_in_momentum": True},
+        {"lr": 0.1, "momentum": 0.9, "dampening": 0.9, "zero_init_momentum": True},
+        in_torch=False,
+    ),
+    *_rows(
+        "Adagrad",
+        {"lr": 0.1},
+        {"lr": 0.1, "weight_decay": 0.1, "maximize": True},
+        {"lr": 0.1, "lr_decay": 0.5, "initial_accumulator_value": 0.1, "weight_decay": 0.1},
+    ),
+    *_rows("Adagrad", {"lr": 0.1, "eps": 1e-6, "eps_in_sqrt": True}, in_torch=False),
+    *_rows(
+        "RMSprop",
+        {"lr": 0.01},
+        {"lr": 0.01, "weight_decay": 0.1, "maximize": True},
+        {"lr": 0.01, "momentum": 0.9, "weight_decay": 0.1},
+        {"lr": 0.01, "centered": True, "weight_decay": 0.1},
+        {"lr": 0.01, "alpha": 0.9, "centered": True, "momentum": 0.1, "weight_decay": 0.1, "maximize": True},
+    ),
+    *_rows("RMSprop", {"lr": 0.01, "alpha": 0.9, "eps": 1e-6, "eps_in_sqrt": True}, in_torch=False),
+    *_rows(
+        "Adadelta",
+        {"lr": 1.0},
+        {"lr": 0.5, "rho": 0.95, "eps": 1e-5, "weight_decay": 0.1},
+        {"lr": 1.0, "weight_decay": 0.1, "maximize": True},
+    ),
+    *_rows(
+        "Adam",
+        {"lr": 0.01},
+        {"lr": 0.01, "betas": (0.8, 0.99), "eps": 1e-6, "weight_decay": 0.1, "maximize": True},
+        {"lr": 0.01, "weight_decay": 0.1, "amsgrad": True},
+        {"lr": 0.01, "weight_decay": 0.1, "decoupled_weight_decay": True},
+    ),
+    *_rows(
+        "AdamW",
+        {"lr": 0.01},
+        {"lr": 0.01, "weight_decay": 0.1, "amsgrad": True, "maximize": True},
+    ),
+]

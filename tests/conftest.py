@@ -1,0 +1,44 @@
+"""Where the kernels run in these tests: on the GPU if there is one that Triton drives, else in Triton's interpreter.
+
+The choice has to stand in the environment before Triton is imported.
+"""
+
+import os
+
+os.environ["FUSEDOPT_DEBUG"] = "1"  # every step makes its tables anew and compares
+
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import pytest
+
+DEVICE = "cuda" if HAS_GPU else "cpu"
+
+# The tests run side by side, one on each core.
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("gpu") and not HAS_GPU:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU that Triton drives"))
+
+
+@pytest.fixture
+def device():
+    """Where the kernels' tensors lie."""
+    return torch.device(DEVICE)
+
+
+@pytest.fixture
+def poisoned():
+    """Fill uninitialised memory with NaN, so that an element that nobody wrote shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    torch.utils.deterministic.fill_uninitialized_memory = before[1]
