@@ -136,7 +136,7 @@ class Adagrad(FusedOptimizer):
             grad = grad.coalesce()
             sum.add_(grad * grad)
             values = sum.sparse_mask(grad).values().add(eps_inside).sqrt_().add_(eps_outside)
-            step = torch.sparse_coo_tensor(grad.indices(), grad.values() / values, grad.shape, is_coalesced=True)
+            step = torch.sparse_coo_tensor(grad.indices(), grad.values() / values, grad.shape, check_invariants=False)
             param.add_(step, alpha=-step_size)
             return
         if weight_decay != 0:

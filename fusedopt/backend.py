@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .layout import real_dtype
+
 BACKENDS = ("auto", "triton", "eager")
 KERNEL_DTYPES = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 
@@ -23,13 +25,18 @@ def why_no_kernels(param: Tensor, *, interpreted: bool = False) -> str | None:
     Tensors on the CPU are within reach only of the interpreter, which is slow and never chosen by itself:
     `interpreted` says that it was asked for.
     """
+    on_cpu = param.device.type == "cpu"
+    if on_cpu and not interpreted:
+        return "it is on the CPU"
     if not triton_is_installed():
         return "Triton is not installed"
-    if param.device.type == "cpu" and not (interpreted and triton_interprets()):
+    if on_cpu and not triton_interprets():
         return "it is on the CPU, where Triton runs only in its interpreter (set TRITON_INTERPRET=1 before the start)"
+    if not on_cpu and triton_interprets():
+        return "Triton's interpreter, which TRITON_INTERPRET=1 has turned on, reaches only the memory of the CPU"
     if param.device.type not in ("cpu", "cuda", "xpu") or not _drives(param.device):
         return f"Triton does not drive its device, {param.device}"
-    if (param.dtype.to_real() if param.dtype.is_complex else param.dtype) not in KERNEL_DTYPES:
+    if real_dtype(param.dtype) not in KERNEL_DTYPES:
         return f"the kernels do not know its dtype, {param.dtype}"
     if type(param).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return f"the memory of a {type(param).__name__} is not its own"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,31 +12,42 @@ from . import layout
 from .hyper import Number
 
 if TYPE_CHECKING:
-    from .optimizer import FusedOptimizer
-    from .plan import Entry, Row
+    from .optimizer import FusedOptimizer, Scalars
+    from .plan import Entry, Live
 
 
-def step(
-    optimizer: FusedOptimizer, entry: Entry, param: Tensor, grad: Tensor, row: Row, hyper: tuple[Number, ...]
+def step(optimizer: FusedOptimizer, entries: Sequence[Entry], live: Live, hyper: Sequence[tuple[Number, ...]]) -> None:
+    """Step every parameter that has a gradient and is not the kernels'."""
+    numbers = [tuple(map(float, row)) for row in hyper]
+    computed: dict[tuple[int, tuple[float, ...]], tuple[Scalars, Scalars]] = {}
+    for entry, param, grad, row in zip(entries, live.params, live.grads, live.rows, strict=True):
+        if grad is None or entry.kernels:
+            continue
+        scalar_states, states = entry.arrange(row)
+        values = tuple([1.0 if state is None else state.item() for state in scalar_states])
+        key = entry.group, values
+        if key not in computed:  # parameters of a group that have made as many steps share their scalars
+            computed[key] = optimizer.scalars(numbers[entry.group], values)
+        scalars, values = computed[key]
+        for state, value in zip(scalar_states, values, strict=True):
+            if state is not None:
+                state.fill_(value)
+        if entry.plain:
+            optimizer.reference(param, grad, states, scalars)
+        else:
+            _widened(optimizer, param, grad, states, scalars)
+
+
+def _widened(
+    optimizer: FusedOptimizer, param: Tensor, grad: Tensor, states: list[Tensor | None], scalars: Scalars
 ) -> None:
-    """Step one parameter by the optimizer's reference."""
-    names = dict(zip(entry.names, row, strict=True))
-    scalar_states = tuple(names[name].item() if name in names else 1.0 for name in optimizer.scalar_states)
-    scalars, scalar_states = optimizer.scalars(tuple(map(float, hyper)), scalar_states)
-    for name, value in zip(optimizer.scalar_states, scalar_states, strict=True):
-        if name in names:
-            names[name].fill_(value)
-
-    stored = (param, *(names.get(name) for name in optimizer.states))
-    if entry.plain:
-        optimizer.reference(param, grad, stored[1:], scalars)
-        return
-    # Other dtypes do their arithmetic in the dtype of the kernels' and round once.
+    """Convert what is stored in another dtype to that of the arithmetic, and round once when it is stored again."""
     dtype = layout.compute_dtype(param)
+    stored = [param, *states]
     working: list[Any] = [None if tensor is None else _widen(tensor, dtype) for tensor in stored]
-    optimizer.reference(working[0], _widen(grad, dtype), tuple(working[1:]), scalars)
+    optimizer.reference(working[0], _widen(grad, dtype), working[1:], scalars)
     for tensor, work in zip(stored, working, strict=True):
-        if tensor is not None and work is not None:
+        if tensor is not None:
             _narrow(tensor, work)
 
 

@@ -24,15 +24,16 @@ class Hyper:
         self._values: list[Any] = []
         self._volatile = True
         self.rows: list[tuple[Number, ...]] = []
+        self.version = 0  # grows when a number may have changed
 
     def refresh(self, groups: Sequence[Group]) -> bool:
-        """Read the groups again; True if a number may have changed since the last call."""
+        """Read the groups again; True if something may have changed since the last call."""
         values = list(chain.from_iterable(map(self._read, groups)))
         if not self._volatile and len(values) == len(self._values) and all(map(is_, values, self._values)):
             return False
-        self._values = values
-        self._volatile = not all(map(_immutable, values))
-        self.rows = [self._row(index, group) for index, group in enumerate(groups)]
+        rows = [self._row(index, group) for index, group in enumerate(groups)]
+        self._values, self._volatile, self.rows = values, not all(map(_immutable, values)), rows
+        self.version += 1
         return True
 
     def _row(self, index: int, group: Group) -> tuple[Number, ...]:

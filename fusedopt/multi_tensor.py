@@ -13,7 +13,7 @@ from . import layout
 from .tables import Item, Signature, Tables
 
 if TYPE_CHECKING:
-    from .hyper import Number
+    from .hyper import Hyper
     from .optimizer import FusedOptimizer
     from .plan import Entry, Live, Row
 
@@ -30,7 +30,7 @@ class KernelStep:
         extents = []
         for position, (entry, param, row) in enumerate(zip(entries, live.params, live.rows, strict=True)):
             if entry.kernels:
-                items.append(self._item(optimizer, position, entry, param, row))
+                items.append(self._item(position, entry, param, row))
                 grad = live.grads[position]
                 reads = [] if grad is None else [layout.extent(grad)]
                 extents.append(([layout.extent(tensor) for tensor in (param, *row)], reads))
@@ -43,7 +43,7 @@ class KernelStep:
             for turn, device in sorted(together, key=lambda key: key[0])
         ]
 
-    def _item(self, optimizer: FusedOptimizer, position: int, entry: Entry, param: Tensor, row: Row) -> Item:
+    def _item(self, position: int, entry: Entry, param: Tensor, row: Row) -> Item:
         stride = layout.dense_stride(param)
         memory = param
         if not layout.lies_as(param, stride):
@@ -51,9 +51,7 @@ class KernelStep:
             self._stand_ins[position] = memory
         if not entry.grad_lies_as(stride):
             self._grad_strides[position] = stride
-        named = dict(zip(entry.names, row, strict=True))
-        states = [named.get(name) for name in optimizer.states]
-        scalar_states = [named.get(name) for name in optimizer.scalar_states]
+        scalar_states, states = entry.arrange(row)
         signature = Signature(
             layout.real_dtype(param.dtype),
             layout.real_dtype(entry.grad_dtype),
@@ -72,11 +70,13 @@ class KernelStep:
         """Whether every table belongs to the stream that is current."""
         return all(tables.is_current() for tables in self._tables)
 
-    def run(self, live: Live, hyper: Sequence[tuple[Number, ...]], hyper_changed: bool) -> None:
+    def run(self, live: Live, hyper: Hyper) -> None:
         """Step every parameter of the kernels that has a gradient."""
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("a step of fusedopt cannot be captured in a CUDA graph yet")
         for tables in self._tables:
             grads = [live.grads[position] for position in tables.positions]
-            if not any(grad is not None for grad in grads):
+            if not any(live.has_grad[position] for position in tables.positions):
                 continue
             stand_ins = [
                 (self._stand_ins[position], live.params[position])
@@ -88,16 +88,16 @@ class KernelStep:
             if self._grad_strides:
                 grads = list(map(self._lay_grad, tables.positions, grads))
             addresses = [0 if grad is None else grad.data_ptr() or NO_ELEMENTS for grad in grads]
-            tables.run(addresses, hyper, hyper_changed)
+            tables.run(addresses, hyper)
             for stand_in, param in stand_ins:
                 param.copy_(stand_in)
             # The kernels write through raw addresses: tell autograd, as any in-place operation would.
-            torch.autograd.graph.increment_version(
-                tensor
-                for position, grad in zip(tables.positions, grads, strict=True)
-                if grad is not None
-                for tensor in (live.params[position], *live.rows[position])
-            )
+            if len(grads) == len(live.params) == live.n_grads:
+                written = live.watched
+            else:
+                stepped = [position for position in tables.positions if live.grads[position] is not None]
+                written = [tensor for i in stepped for tensor in (live.params[i], *live.rows[i])]
+            torch.autograd.graph.increment_version(written)
 
     def _lay_grad(self, position: int, grad: Tensor | None) -> Tensor | None:
         stride = self._grad_strides.get(position)

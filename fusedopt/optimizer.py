@@ -147,10 +147,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             fresh = Plan(self, self._plan)
             if live is not None and plan is not None and not plan.describes_the_same(fresh):
                 raise RuntimeError("FUSEDOPT_DEBUG: something moved since the last step and was not noticed")
-            plan, live, hyper_changed = fresh, fresh.read(self), True
+            plan, live = fresh, fresh.read(self)
         assert plan is not None
         self._plan = plan
-        plan.run(self, live, self._hyper, hyper_changed)
+        plan.run(self, live, self._hyper)
 
     def hyper_rows(self) -> list[tuple[Number, ...]]:
         """The hyperparameters of every group, as the last step read them."""

@@ -37,6 +37,8 @@ class Entry:
     kernels: bool
     scalar_names: tuple[str, ...]
     state_names: tuple[str, ...]
+    scalar_slots: tuple[int, ...]  # where in a row each of the optimizer's scalar states is, -1 = nowhere
+    state_slots: tuple[int, ...]
     grad_meta: tuple[Any, ...] | None
     plain: bool = False
 
@@ -57,6 +59,11 @@ class Entry:
         """The keys of the parameter's state that the step reads, in the order of a gathered row."""
         return self.scalar_names + self.state_names
 
+    def arrange(self, row: Row) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        """The scalar states and the states of a row in the optimizer's order, None for those that it does without."""
+        padded = (*row, None)
+        return [padded[slot] for slot in self.scalar_slots], [padded[slot] for slot in self.state_slots]
+
 
 @dataclass(slots=True)
 class Live:
@@ -66,6 +73,7 @@ class Live:
     grads: list[Tensor | None]
     rows: list[Row]
     watched: list[Tensor]  # parameters and states, one after the other
+    has_grad: list[bool]
     n_grads: int  # of all parameters, also of those outside the plan
 
 
@@ -101,13 +109,17 @@ class Plan:
         self._getters = list(map(_getter, names))
 
         live = self.read(optimizer)
-        self._addresses = list(map(Tensor.data_ptr, live.watched))
+        # A sparse state has no address: then every step makes a new plan.
+        self._watchable = all(tensor.layout == torch.strided for tensor in live.watched)
+        self._addresses = list(map(Tensor.data_ptr, live.watched)) if self._watchable else []
         self._watch = MetaWatch(live.watched)
-        self._grad_pattern: list[bool] = []
+        self._had_grad: list[bool] = []
         self._grad_watch = MetaWatch([])
         for entry, param, states in zip(self.entries, live.params, live.rows, strict=True):
             entry.plain = _is_plain(entry, param, states[len(entry.scalar_names) :])
-        self._kernels = KernelStep(optimizer, self.entries, live) if any(e.kernels for e in self.entries) else None
+        in_kernels = [entry.kernels for entry in self.entries]
+        self._has_eager = not all(in_kernels)
+        self._kernels = KernelStep(optimizer, self.entries, live) if any(in_kernels) else None
 
     def grad_metas(self) -> dict[int, tuple[Any, ...] | None]:
         """By the id of the parameter, how its gradient last lay."""
@@ -119,18 +131,21 @@ class Plan:
         grads = [param.grad for param in params]
         # In the order of `optimizer.state`: looking a parameter up would hash it, which torch does in Python.
         rows = [get(state) for get, state in zip(self._getters, optimizer.state.values(), strict=True)]
-        n_grads = sum(grad is not None for grad in grads)
+        has_grad = [grad is not None for grad in grads]
+        n_grads = sum(has_grad)
         if len(self.entries) < len(params):
             params = [params[entry.index] for entry in self.entries]
             grads = [grads[entry.index] for entry in self.entries]
+            has_grad = [has_grad[entry.index] for entry in self.entries]
         watched = [*params, *chain.from_iterable(rows)]
         rows.append(())  # of an entry without states, at -1
-        return Live(params, grads, [rows[i] for i in self._row_of], watched, n_grads)
+        return Live(params, grads, [rows[i] for i in self._row_of], watched, has_grad, n_grads)
 
     def gather(self, optimizer: FusedOptimizer) -> Live | None:
         """The tensors of this step if all of them are where and what the plan says, else None."""
         if (
-            list(map(id, _all_params(optimizer))) != self._param_ids
+            not self._watchable
+            or list(map(id, _all_params(optimizer))) != self._param_ids
             or list(map(id, optimizer.state)) != self._state_ids
             or [len(group["params"]) for group in optimizer.param_groups] != self._group_sizes
         ):
@@ -142,34 +157,32 @@ class Plan:
             return None
         if addresses != self._addresses or not self._watch.holds(live.watched):
             return None
-        if live.n_grads != sum(grad is not None for grad in live.grads) or not self._grads_lie_as_known(live.grads):
+        if live.n_grads != sum(live.has_grad) or not self._grads_lie_as_known(live):
             return None
         if self._kernels is not None and not self._kernels.is_current():
             return None
         return live
 
-    def run(self, optimizer: FusedOptimizer, live: Live, hyper: Hyper, hyper_changed: bool) -> None:
+    def run(self, optimizer: FusedOptimizer, live: Live, hyper: Hyper) -> None:
         """Step every parameter that has a gradient."""
         if self._kernels is not None:
-            self._kernels.run(live, hyper.rows, hyper_changed)
-        for entry, param, grad, row in zip(self.entries, live.params, live.grads, live.rows, strict=True):
-            if grad is not None and not entry.kernels:
-                eager.step(optimizer, entry, param, grad, row, hyper.rows[entry.group])
+            self._kernels.run(live, hyper)
+        if self._has_eager:
+            eager.step(optimizer, self.entries, live, hyper.rows)
 
     def describes_the_same(self, other: Plan) -> bool:
         """Whether two plans would step the same memory in the same way."""
         tables = [None if plan._kernels is None else plan._kernels.describe() for plan in (self, other)]
         return self.entries == other.entries and self._addresses == other._addresses and tables[0] == tables[1]
 
-    def _grads_lie_as_known(self, grads: list[Tensor | None]) -> bool:
-        present = [grad for grad in grads if grad is not None]
-        pattern = [grad is not None for grad in grads]
-        if pattern == self._grad_pattern:
+    def _grads_lie_as_known(self, live: Live) -> bool:
+        present = [grad for grad in live.grads if grad is not None]
+        if live.has_grad == self._had_grad:
             return self._grad_watch.holds(present)
-        for grad, entry in zip(grads, self.entries, strict=True):
+        for grad, entry in zip(live.grads, self.entries, strict=True):
             if grad is not None and (grad.layout != torch.strided or meta(grad) != entry.grad_meta):
                 return False
-        self._grad_pattern, self._grad_watch = pattern, MetaWatch(present)
+        self._had_grad, self._grad_watch = live.has_grad, MetaWatch(present)
         return True
 
 
@@ -198,6 +211,9 @@ def _entries(optimizer: FusedOptimizer, known: dict[int, tuple[Any, ...] | None]
     for group_index, group in enumerate(optimizer.param_groups):
         scalar_names = tuple(name for name in optimizer.scalar_states if optimizer.uses(name, group))
         state_names = tuple(name for name in optimizer.states if optimizer.uses(name, group))
+        slots = {name: slot for slot, name in enumerate(scalar_names + state_names)}
+        scalar_slots = tuple(slots.get(name, -1) for name in optimizer.scalar_states)
+        state_slots = tuple(slots.get(name, -1) for name in optimizer.states)
         for position, param in enumerate(group["params"]):
             name = f"parameter {position} of group {group_index}"
             if "param_names" in group and position < len(group["param_names"]):
@@ -206,8 +222,14 @@ def _entries(optimizer: FusedOptimizer, known: dict[int, tuple[Any, ...] | None]
                 raise TypeError(f"{name} must be a Tensor, but it is {torch.typename(param)}")
             grad = param.grad
             grad_meta = meta(grad) if grad is not None else known.get(id(param))
+            if grad is None and grad_meta is not None and grad_meta[4] != torch.strided:
+                grad_meta = None  # a sparse gradient says nothing about the next one
             kernels = use_kernels(optimizer.backend, group, param) and (grad is None or not grad.is_sparse)
-            entries.append(Entry(index, group_index, name, kernels, scalar_names, state_names, grad_meta))
+            entries.append(
+                Entry(
+                    index, group_index, name, kernels, scalar_names, state_names, scalar_slots, state_slots, grad_meta
+                )
+            )
             index += 1
     return entries
 

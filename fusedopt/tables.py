@@ -17,7 +17,7 @@ from torch import Tensor
 from .backend import triton_interprets
 
 if TYPE_CHECKING:
-    from .hyper import Number
+    from .hyper import Hyper, Number
     from .optimizer import FusedOptimizer
 
 Array = np.ndarray[Any, Any]
@@ -129,6 +129,7 @@ class Tables:
 
         self._hyper, self._hyper_pointers = np.empty(0), np.empty(0, dtype=np.int64)
         self._hyper_tensors: list[Tensor] = []
+        self._hyper_version = -1
         self._n_hyper = 0
         self._dynamic = np.empty(0, dtype=np.int64)
         self._dynamic_slices: list[Tensor] = []
@@ -137,10 +138,11 @@ class Tables:
         """Whether the current stream is the one that the tables were made on, which owns their memory."""
         return self._stream == self._current_stream()
 
-    def run(self, grad_addresses: Sequence[int], hyper: Sequence[tuple[Number, ...]], hyper_changed: bool) -> None:
+    def run(self, grad_addresses: Sequence[int], hyper: Hyper) -> None:
         """Step the tensors whose gradient has an address other than 0."""
-        if hyper_changed or not self._n_hyper:
-            self._read_hyper(hyper)
+        if hyper.version != self._hyper_version:
+            self._read_hyper(hyper.rows)
+            self._hyper_version = hyper.version
         grads = np.array(grad_addresses, dtype=np.int64)
         dynamic, bounds = _pack([grads, self._hyper.view(np.int64), self._hyper_pointers])
         if not np.array_equal(dynamic, self._dynamic):

@@ -1,0 +1,63 @@
+"""The README's code runs, and its tables say what the classes declare."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from cases import CASES
+
+import fusedopt
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+ROWS = re.findall(r"^\| (`\w+`.*?) \| (.*?) \| (\d+) \| ", README, re.MULTILINE)
+
+
+def test_import_and_example_come_early():
+    lines = README.splitlines()
+    assert lines.index("import fusedopt") < 40
+    assert next(i for i, line in enumerate(lines) if "optimizer = fusedopt." in line) < 40
+
+
+def test_code_runs(capsys):
+    """The blocks run one after the other, as a reader would; a rule of a kernel is its source, word by word."""
+    namespace: dict = {}
+    rules = [block for block in BLOCKS if "@triton.jit" in block]
+    for block in BLOCKS:
+        if block not in rules:
+            exec(block, namespace)
+    assert "backend: " in capsys.readouterr().out.splitlines()[1]
+    assert rules
+    sources = [path.read_text() for path in (ROOT / "kernels").glob("*.py")]
+    for rule in rules:
+        assert any(rule in source for source in sources), rule
+
+
+@pytest.mark.parametrize(("classes", "states", "bytes_moved"), ROWS, ids=[row[0] for row in ROWS])
+def test_table_of_optimizers(classes, states, bytes_moved):
+    """Each row's states are those of a case, and its bytes are parameter and states twice, gradient once."""
+    names = re.findall(r"`(\w+)`", states)
+    assert int(bytes_moved) == 4 * (2 + 1 + 2 * len(names))
+    for name in re.findall(r"`(\w+)`", classes):
+        assert any(_states(case) == set(names) for case in CASES if case.optimizer == name), f"{name} never has {names}"
+
+
+def test_every_optimizer_is_in_the_table():
+    listed = {name for row in ROWS for name in re.findall(r"`(\w+)`", row[0])}
+    exported = {name for name in fusedopt.__all__ if name != "FusedOptimizer"}
+    assert listed == exported
+
+
+def test_papers_are_told():
+    for name in fusedopt.__all__:
+        assert ".. math::" in getattr(fusedopt, name).__doc__ or name in ("FusedOptimizer", "AdamW")
+
+
+def _states(case):
+    param = torch.nn.Parameter(torch.ones(2))
+    optimizer = case.make([param])
+    param.grad = torch.ones(2)
+    optimizer.step()
+    return {name for name, value in optimizer.state_dict()["state"].get(0, {}).items() if value.dim()}
