@@ -118,7 +118,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Raise unless a step can use a sparse gradient."""
         raise RuntimeError(f"{type(self).__name__} does not support sparse gradients ({name} has one)")
 
-    @torch.compiler.disable
+    @torch._disable_dynamo  # torch.compiler.disable would import dynamo and Triton as soon as fusedopt is imported
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Update every parameter that has a gradient.
 
