@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from .layout import scalar_dtype
 from .optimizer import FusedOptimizer, Group, Scalars, States
 
 
@@ -100,7 +101,7 @@ class Adagrad(FusedOptimizer):
 
     def init_state(self, param: Tensor, state: dict[str, Any], group: Group) -> None:
         value = self.defaults["initial_accumulator_value"]
-        state.setdefault("step", torch.tensor(0.0))
+        state.setdefault("step", torch.tensor(0.0, dtype=scalar_dtype()))
         if state.get("sum") is None:
             fill = complex(value, value) if param.is_complex() else value
             state["sum"] = torch.full_like(param, fill, memory_format=torch.preserve_format)

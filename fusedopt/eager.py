@@ -56,7 +56,7 @@ def _widen(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _narrow(tensor: Tensor, work: Tensor) -> None:
-    if layout.is_raw(tensor):
+    if tensor.layout == torch.strided and layout.is_raw(tensor):
         tensor = layout.as_real(tensor)
         if tensor.data_ptr() == work.data_ptr():
             return

@@ -18,13 +18,18 @@ class Hyper:
     The `options` have no place in a row, but a change of one counts as a change.
     """
 
-    def __init__(self, names: Sequence[str], options: Sequence[str]) -> None:
-        self._names = names
+    def __init__(self, names: Sequence[str], options: Sequence[str], defaults: Group) -> None:
+        self._places = {name: _places(defaults[name]) for name in names}
         self._read = _getter((*names, *options))
         self._values: list[Any] = []
         self._volatile = True
         self.rows: list[tuple[Number, ...]] = []
         self.version = 0  # grows when a number may have changed
+
+    @property
+    def count(self) -> int:
+        """How many numbers a row has."""
+        return sum(places or 1 for places in self._places.values())
 
     def refresh(self, groups: Sequence[Group]) -> bool:
         """Read the groups again; True if something may have changed since the last call."""
@@ -37,17 +42,29 @@ class Hyper:
         return True
 
     def _row(self, index: int, group: Group) -> tuple[Number, ...]:
-        return tuple(
-            _number(number, name, index)
-            for name, value in zip(self._names, self._read(group), strict=False)
-            for number in (value if isinstance(value, (tuple, list)) else (value,))
-        )
+        row: list[Number] = []
+        for (name, places), value in zip(self._places.items(), self._read(group), strict=False):
+            if _places(value) != places:
+                wanted = f"{places} numbers" if places else "one number"
+                raise ValueError(f"{name} of group {index} must be {wanted}, but it is {value!r}")
+            row += [_number(number, name, index) for number in (value if places else (value,))]
+        return tuple(row)
+
+
+def _places(value: Any) -> int:
+    """How many numbers a hyperparameter holds; 0 for a single one that is not in a sequence."""
+    return len(value) if isinstance(value, (tuple, list)) else 0
 
 
 def _getter(names: tuple[str, ...]) -> Callable[[Group], tuple[Any, ...]]:
     if len(names) > 1:
         return itemgetter(*names)
     return lambda group: tuple(group[name] for name in names)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a number, of Python's or numpy's."""
+    return hasattr(value, "__float__") and not isinstance(value, Tensor)
 
 
 def _immutable(value: Any) -> bool:
@@ -58,10 +75,9 @@ def _immutable(value: Any) -> bool:
 
 def _number(value: Any, name: str, index: int) -> Number:
     if not isinstance(value, Tensor):
-        try:
-            return float(value)
-        except (TypeError, ValueError):
-            raise TypeError(f"{name} of group {index} must be a number, but it is {value!r}") from None
+        if not is_number(value):
+            raise TypeError(f"{name} of group {index} must be a number, but it is {value!r}")
+        return float(value)
     if value.numel() != 1:
         raise ValueError(f"Tensor {name} of group {index} must be 1-element")
     return float(value) if value.device.type == "cpu" else value

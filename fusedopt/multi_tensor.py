@@ -23,7 +23,7 @@ NO_ELEMENTS = 1  # in place of the address of a gradient that is there but empty
 class KernelStep:
     """The entries of a plan that the kernels step, in as few launches as their memory allows."""
 
-    def __init__(self, optimizer: FusedOptimizer, entries: Sequence[Entry], live: Live) -> None:
+    def __init__(self, optimizer: FusedOptimizer, entries: Sequence[Entry], live: Live, n_hyper: int) -> None:
         self._stand_ins: dict[int, Tensor] = {}  # of parameters with gaps: dense, filled before and read after
         self._grad_strides: dict[int, tuple[int, ...]] = {}  # of gradients that do not lie as their parameters
         items = []
@@ -37,7 +37,7 @@ class KernelStep:
         together: dict[tuple[int, torch.device], list[Item]] = {}
         for item, turn in zip(items, _turns(extents), strict=True):
             together.setdefault((turn, live.params[item.position].device), []).append(item)
-        n_scalars = _count_scalars(optimizer)
+        n_scalars = _count_scalars(optimizer, n_hyper)
         self._tables = [
             Tables(optimizer, together[turn, device], n_scalars, device)
             for turn, device in sorted(together, key=lambda key: key[0])
@@ -108,9 +108,8 @@ class KernelStep:
         return [tables.static.tolist() for tables in self._tables]
 
 
-def _count_scalars(optimizer: FusedOptimizer) -> int:
+def _count_scalars(optimizer: FusedOptimizer, n_hyper: int) -> int:
     """How many scalars the rule has; the values that it is asked with do not matter."""
-    n_hyper = len(optimizer.hyper_rows()[0])
     return len(optimizer.scalars((0.5,) * n_hyper, (0.5,) * len(optimizer.scalar_states))[0])
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .backend import BACKENDS, triton_is_installed, why_no_kernels
-from .hyper import Hyper, Number
+from .hyper import Hyper
+from .layout import scalar_dtype
 from .plan import Plan, used_states
 
 Group: TypeAlias = dict[str, Any]
@@ -53,9 +54,10 @@ class FusedOptimizer(torch.optim.Optimizer):
     scalar_states: ClassVar[tuple[str, ...]] = ()
     states: ClassVar[tuple[str, ...]] = ()
 
-    backend: str
-    _plan: Plan | None
-    _hyper: Hyper
+    # On the class, so that an object of torch's class can become one of this without its __init__.
+    backend: str = "auto"
+    _plan: Plan | None = None
+    _hyper: Hyper | None = None
 
     def __init__(self, params: ParamsT, defaults: Group, *, backend: str = "auto") -> None:
         if backend not in BACKENDS:
@@ -64,12 +66,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise RuntimeError("backend='triton' needs Triton, which is not installed; 'auto' runs without it")
         if backend == "triton" and defaults.get("fused") is False:
             raise ValueError("fused=False asks for the reference, backend='triton' for the kernels: choose one")
-        if defaults.get("differentiable"):
-            raise RuntimeError(f"{type(self).__name__} does not support `differentiable`: its step is not traced")
-        if defaults.get("fused") and defaults.get("foreach"):
-            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
         self.backend = backend
-        self._reset()
         super().__init__(params, defaults)
 
     @staticmethod
@@ -139,12 +136,14 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _step(self) -> None:
         plan = self._plan
+        if self._hyper is None:
+            self._hyper = Hyper(self.hyperparameters, self.options, self.defaults)
         hyper_changed = self._hyper.refresh(self.param_groups)
         if plan is not None and hyper_changed and used_states(self) != plan.uses:
             plan = None
         live = plan.gather(self) if plan is not None else None
         if live is None or _DEBUG:
-            fresh = Plan(self, self._plan)
+            fresh = Plan(self, self._hyper, self._plan)
             if live is not None and plan is not None and not plan.describes_the_same(fresh):
                 raise RuntimeError("FUSEDOPT_DEBUG: something moved since the last step and was not noticed")
             plan, live = fresh, fresh.read(self)
@@ -152,25 +151,27 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._plan = plan
         plan.run(self, live, self._hyper)
 
-    def hyper_rows(self) -> list[tuple[Number, ...]]:
-        """The hyperparameters of every group, as the last step read them."""
-        return self._hyper.rows
-
-    def _reset(self) -> None:
-        self._plan = None
-        self._hyper = Hyper(self.hyperparameters, self.options)
-
     def add_param_group(self, param_group: Group) -> None:
         """Add a param group, as ``torch.optim.Optimizer.add_param_group``."""
         super().add_param_group(param_group)
-        if self.backend != "triton":
-            return
-        for index, param in enumerate(self.param_groups[-1]["params"]):
+        try:
+            self._check_group(len(self.param_groups) - 1)
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    def _check_group(self, index: int) -> None:
+        group = self.param_groups[index]
+        if group.get("fused") and group.get("differentiable"):
+            raise RuntimeError("`fused` does not support `differentiable`")
+        if group.get("differentiable"):
+            raise RuntimeError(f"{type(self).__name__} does not support `differentiable`: its step is not traced")
+        if group.get("fused") and group.get("foreach"):
+            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+        for position, param in enumerate(group["params"] if self.backend == "triton" else ()):
             why = why_no_kernels(param, interpreted=True)
             if why is not None:
-                group = len(self.param_groups) - 1
-                self.param_groups.pop()
-                raise ValueError(f"backend='triton' cannot step parameter {index} of group {group}: {why}")
+                raise ValueError(f"backend='triton' cannot step parameter {position} of group {index}: {why}")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, also one that ``torch.optim`` saved.
@@ -190,8 +191,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__.setdefault("backend", "auto")
-        self._reset()
+        self._plan = self._hyper = None
         for group in self.param_groups:
             for key, default in self.defaults.items():
                 group.setdefault(key, default)
@@ -208,7 +208,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             for param in group["params"]
         )
         total = sum(len(group["params"]) for group in self.param_groups)
-        runs = "triton" if kernels == total else "eager" if kernels == 0 else f"triton for {kernels} of {total}"
+        runs = "eager" if kernels == 0 else "triton" if kernels == total else f"triton for {kernels} of {total}"
         head, _, rest = super().__repr__().partition("\n")
         return f"{head}\nbackend: {runs} ({self.backend!r} asked for)\n{rest}"
 
@@ -242,7 +242,7 @@ def _shield(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dic
 
 def _unshield(key: str, value: Any, device: torch.device | None, optimizer: FusedOptimizer) -> Any:
     if not isinstance(value, _Shielded):
-        return value
+        return torch.tensor(float(value), dtype=scalar_dtype()) if key in optimizer.scalar_states else value
     if key in optimizer.scalar_states or device is None:
         return value.tensor.clone()  # the step brings it where its backend reads it
     return value.tensor.to(device, copy=True)

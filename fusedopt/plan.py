@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from . import eager, layout
 from .backend import use_kernels, why_no_kernels
-from .hyper import Hyper
+from .hyper import Hyper, is_number
 from .multi_tensor import KernelStep
 from .watch import MetaWatch, meta
 
@@ -80,7 +81,7 @@ class Live:
 class Plan:
     """The entries of an optimizer and how to see that they are what they were."""
 
-    def __init__(self, optimizer: FusedOptimizer, previous: Plan | None) -> None:
+    def __init__(self, optimizer: FusedOptimizer, hyper: Hyper, previous: Plan | None) -> None:
         params = _all_params(optimizer)
         known = previous.grad_metas() if previous is not None else {}
         self.entries: list[Entry] = []
@@ -109,8 +110,10 @@ class Plan:
         self._getters = list(map(_getter, names))
 
         live = self.read(optimizer)
-        # A sparse state has no address: then every step makes a new plan.
-        self._watchable = all(tensor.layout == torch.strided for tensor in live.watched)
+        # Sparse states and fake tensors have no address: with one of them every step makes a new plan.
+        self._watchable = not any(
+            tensor.layout != torch.strided or isinstance(tensor, FakeTensor) for tensor in live.watched
+        )
         self._addresses = list(map(Tensor.data_ptr, live.watched)) if self._watchable else []
         self._watch = MetaWatch(live.watched)
         self._had_grad: list[bool] = []
@@ -119,7 +122,7 @@ class Plan:
             entry.plain = _is_plain(entry, param, states[len(entry.scalar_names) :])
         in_kernels = [entry.kernels for entry in self.entries]
         self._has_eager = not all(in_kernels)
-        self._kernels = KernelStep(optimizer, self.entries, live) if any(in_kernels) else None
+        self._kernels = KernelStep(optimizer, self.entries, live, hyper.count) if any(in_kernels) else None
 
     def grad_metas(self) -> dict[int, tuple[Any, ...] | None]:
         """By the id of the parameter, how its gradient last lay."""
@@ -269,7 +272,7 @@ def _check(optimizer: FusedOptimizer, entry: Entry, param: Tensor) -> None:
             )
     for state_name in entry.scalar_names:
         value = state.get(state_name, 0.0)
-        if not (value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, (int, float))):
+        if not (value.numel() == 1 if isinstance(value, Tensor) else is_number(value)):
             raise RuntimeError(f"state {state_name!r} of {name} must be one number, but it is {value!r}")
 
 
@@ -301,7 +304,7 @@ def _settle_states(optimizer: FusedOptimizer, entry: Entry, param: Tensor) -> No
 def _settled_scalar(value: Any, param: Tensor, kernels: bool) -> Tensor:
     """A number as the 0-d tensor that torch keeps: fp32 beside the parameter for the kernels, else on the CPU."""
     device = param.device if kernels else torch.device("cpu")
-    dtype = torch.float64 if torch.get_default_dtype() == torch.float64 and not kernels else torch.float32
+    dtype = torch.float32 if kernels else layout.scalar_dtype()
     if not isinstance(value, Tensor):
         return torch.tensor(float(value), dtype=dtype, device=device)
     if value.dim() == 0 and value.device == device and value.dtype in ({torch.float32} if kernels else _FLOATS):

@@ -119,12 +119,11 @@ class SGD(FusedOptimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The state as torch saves it: a buffer that has not begun is left out."""
-        state_dict = super().state_dict()
-        for key, state in state_dict["state"].items():
-            if "momentum_begun" in state:
-                hidden = {"momentum_begun"} if state["momentum_begun"] != 0 else {"momentum_begun", "momentum_buffer"}
-                state_dict["state"][key] = {name: value for name, value in state.items() if name not in hidden}
-        return state_dict
+        hook = self.register_state_dict_post_hook(_as_torch, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
 
     @staticmethod
     def scalars(hyper: Scalars, scalar_states: Scalars) -> tuple[Scalars, Scalars]:
@@ -150,3 +149,13 @@ class SGD(FusedOptimizer):
         momentum_buffer.mul_(momentum).add_(grad, alpha=grad_weight)
         direction = grad.mul(scale).add_(momentum_buffer, alpha=momentum) if nesterov else momentum_buffer
         param.add_(direction, alpha=-step_size)
+
+
+def _as_torch(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    states = {}
+    for key, state in state_dict["state"].items():
+        hidden: set[str] = set()
+        if isinstance(state, dict) and "momentum_begun" in state:
+            hidden = {"momentum_begun"} if state["momentum_begun"] != 0 else {"momentum_begun", "momentum_buffer"}
+        states[key] = {name: value for name, value in state.items() if name not in hidden} if hidden else state
+    return {**state_dict, "state": states}
