@@ -104,8 +104,9 @@ class KernelStep:
         return grad if grad is None or stride is None else layout.dense_copy(grad, stride)
 
     def describe(self) -> list[list[int]]:
-        """The contents of the tables, for comparison."""
-        return [tables.static.tolist() for tables in self._tables]
+        """The contents of the tables, for comparison; a stand-in counts for its parameter, wherever it lies."""
+        names = {stand_in.data_ptr(): -1 - position for position, stand_in in self._stand_ins.items()}
+        return [[names.get(value, value) for value in tables.static.tolist()] for tables in self._tables]
 
 
 def _count_scalars(optimizer: FusedOptimizer, n_hyper: int) -> int:

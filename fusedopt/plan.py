@@ -260,12 +260,24 @@ def _check(optimizer: FusedOptimizer, entry: Entry, param: Tensor) -> None:
             raise RuntimeError(f"backend='triton' cannot step {name}: {why}")
         if param.numel() and not (param.data_ptr() and grad.data_ptr()):
             raise RuntimeError(f"{name} or its gradient has no memory that a kernel can reach")
+    _check_states(optimizer, entry, param)
+
+
+def _check_states(optimizer: FusedOptimizer, entry: Entry, param: Tensor) -> None:
+    name = entry.name
     state = optimizer.state.get(param, {})
+    if not isinstance(state, dict):
+        raise TypeError(f"the state of {name} must be a dict, but it is {state!r}")
     for state_name in entry.state_names:
         value = state.get(state_name)
-        if value is not None and not isinstance(value, Tensor):
+        if value is None:
+            continue
+        if not isinstance(value, Tensor):
             raise TypeError(f"state {state_name!r} of {name} must be a Tensor, but it is {torch.typename(value)}")
-        if value is not None and (value.shape != param.shape or value.is_complex() != param.is_complex()):
+        if value.is_meta and not param.is_meta:
+            raise RuntimeError(f"state {state_name!r} of {name} is on the meta device: it has no values")
+        fits = value.is_complex() if param.is_complex() else value.is_floating_point()
+        if value.shape != param.shape or not fits:
             raise RuntimeError(
                 f"state {state_name!r} of {name} is {value.dtype} of shape {tuple(value.shape)}, "
                 f"but the parameter is {param.dtype} of shape {tuple(param.shape)}"
