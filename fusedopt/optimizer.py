@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .backend import BACKENDS, triton_is_installed, why_no_kernels
-from .hyper import Hyper
+from .hyper import Hyper, is_number
 from .layout import scalar_dtype
 from .plan import Plan, used_states
 
@@ -242,7 +242,8 @@ def _shield(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dic
 
 def _unshield(key: str, value: Any, device: torch.device | None, optimizer: FusedOptimizer) -> Any:
     if not isinstance(value, _Shielded):
-        return torch.tensor(float(value), dtype=scalar_dtype()) if key in optimizer.scalar_states else value
+        number = key in optimizer.scalar_states and is_number(value)
+        return torch.tensor(float(value), dtype=scalar_dtype()) if number else value
     if key in optimizer.scalar_states or device is None:
         return value.tensor.clone()  # the step brings it where its backend reads it
     return value.tensor.to(device, copy=True)

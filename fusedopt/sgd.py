@@ -117,6 +117,13 @@ class SGD(FusedOptimizer):
         if group["weight_decay"] != 0:
             raise RuntimeError(f"weight_decay option is not compatible with sparse gradients ({name} has one)")
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for values in self.state.values():
+            # torch.distributed.checkpoint asks for every key of `state`, and gives {} for what state_dict() hides.
+            if isinstance(values, dict) and not isinstance(values.get("momentum_begun"), Tensor):
+                values.pop("momentum_begun", None)
+
     def state_dict(self) -> dict[str, Any]:
         """The state as torch saves it: a buffer that has not begun is left out."""
         hook = self.register_state_dict_post_hook(_as_torch, prepend=True)
