@@ -190,15 +190,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         return {**super().__getstate__(), "backend": self.backend}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        loaded = state["state"]
+        for owner, values in loaded.items():
+            if isinstance(values, dict):
+                device = owner.device if isinstance(owner, Tensor) else None
+                loaded[owner] = {key: _unshield(key, value, device, self) for key, value in values.items()}
         super().__setstate__(state)
         self._plan = self._hyper = None
         for group in self.param_groups:
             for key, default in self.defaults.items():
                 group.setdefault(key, default)
-        for owner, values in self.state.items():
-            if isinstance(values, dict):
-                device = owner.device if isinstance(owner, Tensor) else None
-                self.state[owner] = {key: _unshield(key, value, device, self) for key, value in values.items()}
 
     def __repr__(self) -> str:
         kernels = sum(
