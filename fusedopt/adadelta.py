@@ -42,7 +42,6 @@ class Adadelta(FusedOptimizer):
 
     Raises:
         ValueError: an argument outside its range.
-
     """
 
     kernel = "adadelta"

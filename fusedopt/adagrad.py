@@ -46,7 +46,6 @@ class Adagrad(FusedOptimizer):
 
     Raises:
         ValueError: an argument outside its range.
-
     """
 
     kernel = "adagrad"

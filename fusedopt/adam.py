@@ -49,7 +49,6 @@ class Adam(FusedOptimizer):
 
     Raises:
         ValueError: an argument outside its range.
-
     """
 
     kernel = "adam"

@@ -19,11 +19,13 @@ if TYPE_CHECKING:
 def step(optimizer: FusedOptimizer, entries: Sequence[Entry], live: Live, hyper: Sequence[tuple[Number, ...]]) -> None:
     """Step every parameter that has a gradient and is not the kernels'."""
     numbers = [tuple(map(float, row)) for row in hyper]
+    n_scalar_states = len(optimizer.scalar_states)
     computed: dict[tuple[int, tuple[float, ...]], tuple[Scalars, Scalars]] = {}
     for entry, param, grad, row in zip(entries, live.params, live.grads, live.rows, strict=True):
         if grad is None or entry.kernels:
             continue
-        scalar_states, states = entry.arrange(row)
+        arranged = entry.arrange(row)
+        scalar_states, states = arranged[:n_scalar_states], arranged[n_scalar_states:]
         values = tuple([1.0 if state is None else state.item() for state in scalar_states])
         key = entry.group, values
         if key not in computed:  # parameters of a group that have made as many steps share their scalars
@@ -39,7 +41,7 @@ def step(optimizer: FusedOptimizer, entries: Sequence[Entry], live: Live, hyper:
 
 
 def _widened(
-    optimizer: FusedOptimizer, param: Tensor, grad: Tensor, states: list[Tensor | None], scalars: Scalars
+    optimizer: FusedOptimizer, param: Tensor, grad: Tensor, states: Sequence[Tensor | None], scalars: Scalars
 ) -> None:
     """Convert what is stored in another dtype to that of the arithmetic, and round once when it is stored again."""
     dtype = layout.compute_dtype(param)

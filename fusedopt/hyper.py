@@ -19,7 +19,7 @@ class Hyper:
     """
 
     def __init__(self, names: Sequence[str], options: Sequence[str], defaults: Group) -> None:
-        self._places = {name: _places(defaults[name]) for name in names}
+        self._places = {name: places_of(defaults[name]) for name in names}
         self._read = _getter((*names, *options))
         self._values: list[Any] = []
         self._volatile = True
@@ -44,14 +44,14 @@ class Hyper:
     def _row(self, index: int, group: Group) -> tuple[Number, ...]:
         row: list[Number] = []
         for (name, places), value in zip(self._places.items(), self._read(group), strict=False):
-            if _places(value) != places:
+            if places_of(value) != places:
                 wanted = f"{places} numbers" if places else "one number"
                 raise ValueError(f"{name} of group {index} must be {wanted}, but it is {value!r}")
             row += [_number(number, name, index) for number in (value if places else (value,))]
         return tuple(row)
 
 
-def _places(value: Any) -> int:
+def places_of(value: Any) -> int:
     """How many numbers a hyperparameter holds; 0 for a single one that is not in a sequence."""
     return len(value) if isinstance(value, (tuple, list)) else 0
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import layout
+from .declaration import count_scalars
 from .tables import Item, Signature, Tables
 
 if TYPE_CHECKING:
@@ -30,20 +31,20 @@ class KernelStep:
         extents = []
         for position, (entry, param, row) in enumerate(zip(entries, live.params, live.rows, strict=True)):
             if entry.kernels:
-                items.append(self._item(position, entry, param, row))
+                items.append(self._item(optimizer, position, entry, param, row))
                 grad = live.grads[position]
                 reads = [] if grad is None else [layout.extent(grad)]
                 extents.append(([layout.extent(tensor) for tensor in (param, *row)], reads))
         together: dict[tuple[int, torch.device], list[Item]] = {}
         for item, turn in zip(items, _turns(extents), strict=True):
             together.setdefault((turn, live.params[item.position].device), []).append(item)
-        n_scalars = _count_scalars(optimizer, n_hyper)
+        n_scalars = count_scalars(type(optimizer), n_hyper)
         self._tables = [
             Tables(optimizer, together[turn, device], n_scalars, device)
             for turn, device in sorted(together, key=lambda key: key[0])
         ]
 
-    def _item(self, position: int, entry: Entry, param: Tensor, row: Row) -> Item:
+    def _item(self, optimizer: FusedOptimizer, position: int, entry: Entry, param: Tensor, row: Row) -> Item:
         stride = layout.dense_stride(param)
         memory = param
         if not layout.lies_as(param, stride):
@@ -51,7 +52,9 @@ class KernelStep:
             self._stand_ins[position] = memory
         if not entry.grad_lies_as(stride):
             self._grad_strides[position] = stride
-        scalar_states, states = entry.arrange(row)
+        n_scalar_states = len(optimizer.scalar_states)
+        arranged = entry.arrange(row)
+        scalar_states, states = arranged[:n_scalar_states], arranged[n_scalar_states:]
         signature = Signature(
             layout.real_dtype(param.dtype),
             layout.real_dtype(entry.grad_dtype),
@@ -107,11 +110,6 @@ class KernelStep:
         """The contents of the tables, for comparison; a stand-in counts for its parameter, wherever it lies."""
         names = {stand_in.data_ptr(): -1 - position for position, stand_in in self._stand_ins.items()}
         return [[names.get(value, value) for value in tables.static.tolist()] for tables in self._tables]
-
-
-def _count_scalars(optimizer: FusedOptimizer, n_hyper: int) -> int:
-    """How many scalars the rule has; the values that it is asked with do not matter."""
-    return len(optimizer.scalars((0.5,) * n_hyper, (0.5,) * len(optimizer.scalar_states))[0])
 
 
 Extent = tuple[int, int]

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .backend import BACKENDS, triton_is_installed, why_no_kernels
+from .declaration import check_declaration
 from .hyper import Hyper, is_number
 from .layout import scalar_dtype
 from .plan import Plan, used_states
@@ -43,9 +44,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             ``state_dict``.
 
     Raises:
+        TypeError: the class does not declare what is asked for above, or its parts disagree.
         ValueError: unknown backend; ``backend="triton"`` for a parameter that the kernels cannot step.
         RuntimeError: ``differentiable=True``; ``fused`` and ``foreach`` both true; ``backend="triton"`` without Triton.
-
     """
 
     kernel: ClassVar[Any]
@@ -66,6 +67,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise RuntimeError("backend='triton' needs Triton, which is not installed; 'auto' runs without it")
         if backend == "triton" and defaults.get("fused") is False:
             raise ValueError("fused=False asks for the reference, backend='triton' for the kernels: choose one")
+        check_declaration(type(self), FusedOptimizer, defaults)
         self.backend = backend
         super().__init__(params, defaults)
 
@@ -79,7 +81,6 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         Returns:
             The scalars, and the new scalar states.
-
         """
         raise NotImplementedError
 
@@ -94,7 +95,6 @@ class FusedOptimizer(torch.optim.Optimizer):
             grad: its gradient, of the same shape.
             states: the tensors that `states` names, None for one that the options leave out.
             scalars: what `scalars` returned.
-
         """
         raise NotImplementedError
 
@@ -124,7 +124,6 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: a gradient or state does not fit its parameter. Nothing has been written then.
-
         """
         loss = None
         if closure is not None:

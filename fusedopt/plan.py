@@ -6,8 +6,8 @@ and says whether the plan still describes them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
@@ -38,8 +38,7 @@ class Entry:
     kernels: bool
     scalar_names: tuple[str, ...]
     state_names: tuple[str, ...]
-    scalar_slots: tuple[int, ...]  # where in a row each of the optimizer's scalar states is, -1 = nowhere
-    state_slots: tuple[int, ...]
+    pick: Callable[[tuple[Tensor | None, ...]], tuple[Tensor | None, ...]] = field(compare=False)
     grad_meta: tuple[Any, ...] | None
     plain: bool = False
 
@@ -60,10 +59,9 @@ class Entry:
         """The keys of the parameter's state that the step reads, in the order of a gathered row."""
         return self.scalar_names + self.state_names
 
-    def arrange(self, row: Row) -> tuple[list[Tensor | None], list[Tensor | None]]:
-        """The scalar states and the states of a row in the optimizer's order, None for those that it does without."""
-        padded = (*row, None)
-        return [padded[slot] for slot in self.scalar_slots], [padded[slot] for slot in self.state_slots]
+    def arrange(self, row: Row) -> tuple[Tensor | None, ...]:
+        """A row as the optimizer names it: its scalar states, its states, None for those that the options leave out."""
+        return self.pick((*row, None))
 
 
 @dataclass(slots=True)
@@ -107,7 +105,7 @@ class Plan:
             if entry.names:
                 names[row] = entry.names
             self._row_of.append(row)
-        self._getters = list(map(_getter, names))
+        self._getters = list(map(_tuple_getter, names))
 
         live = self.read(optimizer)
         # Sparse states and fake tensors have no address: with one of them every step makes a new plan.
@@ -202,10 +200,11 @@ def _all_params(optimizer: FusedOptimizer) -> list[Tensor]:
     return list(chain.from_iterable(map(itemgetter("params"), optimizer.param_groups)))
 
 
-def _getter(names: tuple[str, ...]) -> Callable[[dict[str, Any]], Row]:
-    if len(names) > 1:
-        return itemgetter(*names)
-    return lambda state: tuple(state[name] for name in names)
+def _tuple_getter(keys: Sequence[Any]) -> Callable[[Any], tuple[Any, ...]]:
+    """An itemgetter that returns a tuple for any number of keys."""
+    if len(keys) > 1:
+        return itemgetter(*keys)
+    return lambda items: tuple([items[key] for key in keys])
 
 
 def _entries(optimizer: FusedOptimizer, known: dict[int, tuple[Any, ...] | None]) -> list[Entry]:
@@ -215,8 +214,7 @@ def _entries(optimizer: FusedOptimizer, known: dict[int, tuple[Any, ...] | None]
         scalar_names = tuple(name for name in optimizer.scalar_states if optimizer.uses(name, group))
         state_names = tuple(name for name in optimizer.states if optimizer.uses(name, group))
         slots = {name: slot for slot, name in enumerate(scalar_names + state_names)}
-        scalar_slots = tuple(slots.get(name, -1) for name in optimizer.scalar_states)
-        state_slots = tuple(slots.get(name, -1) for name in optimizer.states)
+        pick = _tuple_getter([slots.get(name, -1) for name in (*optimizer.scalar_states, *optimizer.states)])
         for position, param in enumerate(group["params"]):
             name = f"parameter {position} of group {group_index}"
             if "param_names" in group and position < len(group["param_names"]):
@@ -228,11 +226,7 @@ def _entries(optimizer: FusedOptimizer, known: dict[int, tuple[Any, ...] | None]
             if grad is None and grad_meta is not None and grad_meta[4] != torch.strided:
                 grad_meta = None  # a sparse gradient says nothing about the next one
             kernels = use_kernels(optimizer.backend, group, param) and (grad is None or not grad.is_sparse)
-            entries.append(
-                Entry(
-                    index, group_index, name, kernels, scalar_names, state_names, scalar_slots, state_slots, grad_meta
-                )
-            )
+            entries.append(Entry(index, group_index, name, kernels, scalar_names, state_names, pick, grad_meta))
             index += 1
     return entries
 

@@ -49,7 +49,6 @@ class RMSprop(FusedOptimizer):
 
     Raises:
         ValueError: an argument outside its range.
-
     """
 
     kernel = "rmsprop"
@@ -118,9 +117,9 @@ class RMSprop(FusedOptimizer):
         if grad_avg is not None:
             grad_avg.lerp_(grad, one_minus_alpha)
             variance = square_avg.addcmul(grad_avg, grad_avg, value=-1).clamp_(min=0)
+            denom = (variance.add_(eps_inside) if eps_inside else variance).sqrt_().add_(eps_outside)
         else:
-            variance = square_avg
-        denom = (variance.add(eps_inside).sqrt_() if eps_inside else variance.sqrt()).add_(eps_outside)
+            denom = (square_avg.add(eps_inside).sqrt_() if eps_inside else square_avg.sqrt()).add_(eps_outside)
         if momentum_buffer is not None:
             momentum_buffer.mul_(momentum).addcdiv_(grad, denom)
             param.add_(momentum_buffer, alpha=-lr)

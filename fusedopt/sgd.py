@@ -48,7 +48,6 @@ class SGD(FusedOptimizer):
 
     Raises:
         ValueError: an argument outside its range.
-
     """
 
     kernel = "sgd"

@@ -32,3 +32,15 @@ def power(base, exponent):
 def maximum(x, y):
     """The larger of the two, NaN where either is NaN, as torch.maximum."""
     return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def minimum(x, y):
+    """The smaller of the two, NaN where either is NaN, as torch.minimum."""
+    return tl.minimum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def signum(x):
+    """-1, 0 or 1 with the sign of x, 0 for NaN, as torch.sign."""
+    return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0))

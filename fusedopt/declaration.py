@@ -1,0 +1,78 @@
+"""Is an optimizer declared as `FusedOptimizer` asks? Said before it steps, with the name of its class."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from .hyper import Hyper
+
+if TYPE_CHECKING:
+    from .optimizer import FusedOptimizer
+
+DECLARED = ("kernel", "hyperparameters")
+EQUATIONS = ("scalars", "reference")
+
+
+def check_declaration(optimizer: type[FusedOptimizer], base: type[FusedOptimizer], defaults: dict[str, Any]) -> None:
+    """Raise TypeError for what a class lacks, or where its parts disagree on how many numbers they exchange.
+
+    Args:
+        optimizer: the class.
+        base: the class that says what there is to declare.
+        defaults: of its param groups.
+    """
+    name = optimizer.__name__
+    for attribute in DECLARED:
+        if not hasattr(optimizer, attribute):
+            raise TypeError(f"{name} must declare `{attribute}`, see FusedOptimizer")
+    for equation in EQUATIONS:
+        if getattr(optimizer, equation) is getattr(base, equation):
+            raise TypeError(f"{name} must define `{equation}`, see FusedOptimizer")
+    for key in (*optimizer.hyperparameters, *optimizer.options):
+        if key not in defaults:
+            raise TypeError(f"{name} declares {key!r}, but its defaults have no such key")
+    n_scalars = count_scalars(optimizer, Hyper(optimizer.hyperparameters, optimizer.options, defaults).count)
+    if isinstance(optimizer.kernel, str):
+        return
+    if not (isinstance(optimizer.kernel, tuple) and len(optimizer.kernel) == 2):
+        raise TypeError(f"`kernel` of {name} must be the name of a module, or the two functions (scalars, update)")
+    scalars, update = optimizer.kernel
+    counts = {"scalars": n_scalars, "scalar states": len(optimizer.scalar_states)}
+    _check_returns(name, scalars, counts)
+    _check_returns(name, update, {"param": None, "states": len(optimizer.states)})
+
+
+def count_scalars(optimizer: type[FusedOptimizer], n_hyper: int) -> int:
+    """How many scalars a rule has. The values that it is asked with do not matter."""
+    n_scalar_states = len(optimizer.scalar_states)
+    scalars, scalar_states = optimizer.scalars((0.5,) * n_hyper, (0.5,) * n_scalar_states)
+    if len(scalar_states) != n_scalar_states:
+        raise TypeError(
+            f"`scalars` of {optimizer.__name__} returns {len(scalar_states)} scalar states, "
+            f"but {n_scalar_states} are declared: {optimizer.scalar_states}"
+        )
+    return len(scalars)
+
+
+def _check_returns(name: str, function: Any, counts: Mapping[str, int | None]) -> None:
+    """Compare the tuples that a device function returns, as its source writes them, with what is expected."""
+    for returned in _returns(function.fn):
+        if not isinstance(returned, ast.Tuple):
+            continue
+        if len(returned.elts) != len(counts):
+            raise TypeError(f"the kernel `{function.fn.__name__}` of {name} must return ({', '.join(counts)})")
+        for element, (what, count) in zip(returned.elts, counts.items(), strict=True):
+            if count is not None and isinstance(element, ast.Tuple) and len(element.elts) != count:
+                raise TypeError(
+                    f"the kernel `{function.fn.__name__}` of {name} returns {len(element.elts)} {what}, "
+                    f"but the class has {count}"
+                )
+
+
+def _returns(function: Callable[..., Any]) -> list[ast.expr]:
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    return [node.value for node in ast.walk(tree) if isinstance(node, ast.Return) and node.value is not None]
