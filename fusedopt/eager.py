@@ -13,31 +13,51 @@ from .hyper import Number
 
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer, Scalars
-    from .plan import Entry, Live
+    from .plan import Entry, Live, Row
 
 
 def step(optimizer: FusedOptimizer, entries: Sequence[Entry], live: Live, hyper: Sequence[tuple[Number, ...]]) -> None:
     """Step every parameter that has a gradient and is not the kernels'."""
-    numbers = [tuple(map(float, row)) for row in hyper]
-    n_scalar_states = len(optimizer.scalar_states)
-    computed: dict[tuple[int, tuple[float, ...]], tuple[Scalars, Scalars]] = {}
+    advance = _Scalars(optimizer, hyper)
+    reference = optimizer.reference
     for entry, param, grad, row in zip(entries, live.params, live.grads, live.rows, strict=True):
         if grad is None or entry.kernels:
             continue
-        arranged = entry.arrange(row)
-        scalar_states, states = arranged[:n_scalar_states], arranged[n_scalar_states:]
-        values = tuple([1.0 if state is None else state.item() for state in scalar_states])
-        key = entry.group, values
-        if key not in computed:  # parameters of a group that have made as many steps share their scalars
-            computed[key] = optimizer.scalars(numbers[entry.group], values)
-        scalars, values = computed[key]
-        for state, value in zip(scalar_states, values, strict=True):
-            if state is not None:
-                state.fill_(value)
+        scalars = advance(entry, row) if entry.scalar_names else advance.without_states(entry.group)
+        states = entry.pick_states(row)
         if entry.plain:
-            optimizer.reference(param, grad, states, scalars)
+            reference(param, grad, states, scalars)
         else:
             _widened(optimizer, param, grad, states, scalars)
+
+
+class _Scalars:
+    """The scalars of one step, computed once for all parameters of a group that have made as many steps."""
+
+    def __init__(self, optimizer: FusedOptimizer, hyper: Sequence[tuple[Number, ...]]) -> None:
+        self._optimizer = optimizer
+        self._hyper = [tuple(map(float, row)) for row in hyper]
+        self._computed: dict[tuple[int, tuple[float, ...]], tuple[Scalars, Scalars]] = {}
+        self._without: dict[int, Scalars] = {}
+
+    def __call__(self, entry: Entry, row: Row) -> Scalars:
+        """Advance the scalar states of a parameter, and return its scalars."""
+        values = tuple([row[slot].item() if slot >= 0 else 1.0 for slot in entry.scalar_slots])
+        key = entry.group, values
+        if key not in self._computed:
+            self._computed[key] = self._optimizer.scalars(self._hyper[entry.group], values)
+        scalars, advanced = self._computed[key]
+        for slot, old, new in zip(entry.scalar_slots, values, advanced, strict=True):
+            if slot >= 0 and new != old:
+                row[slot].fill_(new)
+        return scalars
+
+    def without_states(self, group: int) -> Scalars:
+        """The scalars where the options call for no scalar state."""
+        if group not in self._without:
+            ones = (1.0,) * len(self._optimizer.scalar_states)
+            self._without[group] = self._optimizer.scalars(self._hyper[group], ones)[0]
+        return self._without[group]
 
 
 def _widened(

@@ -52,9 +52,9 @@ class KernelStep:
             self._stand_ins[position] = memory
         if not entry.grad_lies_as(stride):
             self._grad_strides[position] = stride
-        n_scalar_states = len(optimizer.scalar_states)
-        arranged = entry.arrange(row)
-        scalar_states, states = arranged[:n_scalar_states], arranged[n_scalar_states:]
+        named = dict(zip(entry.names, row, strict=True))
+        scalar_states = [named.get(name) for name in optimizer.scalar_states]
+        states = [named.get(name) for name in optimizer.states]
         signature = Signature(
             layout.real_dtype(param.dtype),
             layout.real_dtype(entry.grad_dtype),

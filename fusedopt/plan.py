@@ -38,7 +38,8 @@ class Entry:
     kernels: bool
     scalar_names: tuple[str, ...]
     state_names: tuple[str, ...]
-    pick: Callable[[tuple[Tensor | None, ...]], tuple[Tensor | None, ...]] = field(compare=False)
+    scalar_slots: tuple[int, ...]  # where in a row each of the optimizer's scalar states is, -1 = left out
+    pick_states: Callable[[Row], Sequence[Tensor | None]] = field(compare=False)  # from a row, None for absent ones
     grad_meta: tuple[Any, ...] | None
     plain: bool = False
 
@@ -58,10 +59,6 @@ class Entry:
     def names(self) -> tuple[str, ...]:
         """The keys of the parameter's state that the step reads, in the order of a gathered row."""
         return self.scalar_names + self.state_names
-
-    def arrange(self, row: Row) -> tuple[Tensor | None, ...]:
-        """A row as the optimizer names it: its scalar states, its states, None for those that the options leave out."""
-        return self.pick((*row, None))
 
 
 @dataclass(slots=True)
@@ -204,7 +201,22 @@ def _tuple_getter(keys: Sequence[Any]) -> Callable[[Any], tuple[Any, ...]]:
     """An itemgetter that returns a tuple for any number of keys."""
     if len(keys) > 1:
         return itemgetter(*keys)
-    return lambda items: tuple([items[key] for key in keys])
+    if len(keys) == 1:
+        (key,) = keys
+        return lambda items: (items[key],)
+    return lambda items: ()
+
+
+def _state_picker(
+    all_names: Sequence[str], names: Sequence[str], n_scalars: int
+) -> Callable[[Row], Sequence[Tensor | None]]:
+    """How to get the states that `reference` expects out of a row, which begins with scalar states."""
+    if len(names) == len(all_names):
+        return itemgetter(slice(n_scalars, None))
+    if not names:
+        return lambda row: [None] * len(all_names)
+    pick = _tuple_getter([n_scalars + names.index(name) if name in names else -1 for name in all_names])
+    return lambda row: pick((*row, None))
 
 
 def _entries(optimizer: FusedOptimizer, known: dict[int, tuple[Any, ...] | None]) -> list[Entry]:
@@ -213,8 +225,10 @@ def _entries(optimizer: FusedOptimizer, known: dict[int, tuple[Any, ...] | None]
     for group_index, group in enumerate(optimizer.param_groups):
         scalar_names = tuple(name for name in optimizer.scalar_states if optimizer.uses(name, group))
         state_names = tuple(name for name in optimizer.states if optimizer.uses(name, group))
-        slots = {name: slot for slot, name in enumerate(scalar_names + state_names)}
-        pick = _tuple_getter([slots.get(name, -1) for name in (*optimizer.scalar_states, *optimizer.states)])
+        scalar_slots = tuple(
+            scalar_names.index(name) if name in scalar_names else -1 for name in optimizer.scalar_states
+        )
+        pick_states = _state_picker(optimizer.states, state_names, len(scalar_names))
         for position, param in enumerate(group["params"]):
             name = f"parameter {position} of group {group_index}"
             if "param_names" in group and position < len(group["param_names"]):
@@ -226,7 +240,19 @@ def _entries(optimizer: FusedOptimizer, known: dict[int, tuple[Any, ...] | None]
             if grad is None and grad_meta is not None and grad_meta[4] != torch.strided:
                 grad_meta = None  # a sparse gradient says nothing about the next one
             kernels = use_kernels(optimizer.backend, group, param) and (grad is None or not grad.is_sparse)
-            entries.append(Entry(index, group_index, name, kernels, scalar_names, state_names, pick, grad_meta))
+            entries.append(
+                Entry(
+                    index=index,
+                    group=group_index,
+                    name=name,
+                    kernels=kernels,
+                    scalar_names=scalar_names,
+                    state_names=state_names,
+                    scalar_slots=scalar_slots,
+                    pick_states=pick_states,
+                    grad_meta=grad_meta,
+                )
+            )
             index += 1
     return entries
 

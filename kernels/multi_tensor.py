@@ -157,6 +157,10 @@ def update(
     aligned = tl.where(addresses % 16 == 0, length // 8 * 8, 0)
     all_aligned = tl.where(grad_address % 16 == 0, aligned, 0)
     lanes = tl.max_contiguous(tl.multiple_of(tl.arange(0, BLOCK_SIZE), CONTIGUITY), CONTIGUITY)
+    # The tail has a block of its own size. In one of the same size, its loads would take the layout of the loops
+    # above and its stores would not, and shared memory, with barriers, would carry the values from one to the other.
+    TAIL_SIZE: tl.constexpr = BLOCK_SIZE // 4
+    tail_lanes = tl.arange(0, TAIL_SIZE)
 
     for start in range(0, all_aligned, BLOCK_SIZE):
         offsets = start + lanes
@@ -170,8 +174,8 @@ def update(
             param_address, grad_address, state_addresses, scalars, first, offsets, offsets < aligned,
             UPDATE, PARAM, GRAD, STATES, COMPUTE, ALIGN=16, GRAD_ALIGN=1,
         )  # fmt: skip
-    for start in range(aligned, length, BLOCK_SIZE):
-        offsets = start + lanes
+    for start in range(aligned, length, TAIL_SIZE):
+        offsets = start + tail_lanes
         update_tile(
             param_address, grad_address, state_addresses, scalars, first, offsets, offsets < length,
             UPDATE, PARAM, GRAD, STATES, COMPUTE, ALIGN=1, GRAD_ALIGN=1,
