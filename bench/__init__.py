@@ -1,0 +1,1 @@
+"""Measurements of fusedopt, static and on a GPU."""
