@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .checks import check_lr, check_not_negative
+from .layout import scalar_dtype
 from .optimizer import FusedOptimizer, Group, Scalars, States
 
 
@@ -24,8 +25,7 @@ class ASGD(FusedOptimizer):
     Drop-in for ``torch.optim.ASGD``.
 
     Polyak and Juditsky, `Acceleration of Stochastic Approximation by Averaging
-    <https://meyn.ece.ufl.edu/wp-content/uploads/sites/77/archive/spm_files/Courses/ECE555-2011/555media/poljud92.pdf>`_,
-    1992.
+    <https://doi.org/10.1137/0330046>`_, 1992.
 
     Args:
         params: parameters, named parameters or param groups.
@@ -85,7 +85,7 @@ class ASGD(FusedOptimizer):
 
     def init_state(self, param: Tensor, state: dict[str, Any], group: Group) -> None:
         lr = group["lr"]
-        state.setdefault("eta", lr.detach().clone() if isinstance(lr, Tensor) else lr)
+        state.setdefault("eta", lr.detach().to(scalar_dtype(), copy=True) if isinstance(lr, Tensor) else lr)
         state.setdefault("mu", 1.0)
         super().init_state(param, state, group)
 

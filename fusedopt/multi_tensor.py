@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import layout
 from .declaration import count_scalars
-from .tables import Item, Signature, Tables
+from .tables import Item, Signature, Tables, number_address
 
 if TYPE_CHECKING:
     from .hyper import Hyper
@@ -66,7 +66,7 @@ class KernelStep:
             signature,
             param.numel() * (2 if param.is_complex() else 1),
             tuple(0 if tensor is None else tensor.data_ptr() for tensor in (memory, *states)),
-            tuple(0 if tensor is None else tensor.data_ptr() for tensor in scalar_states),
+            tuple(map(number_address, scalar_states)),
         )
 
     def is_current(self) -> bool:

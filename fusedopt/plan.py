@@ -334,17 +334,13 @@ def _settle_states(optimizer: FusedOptimizer, entry: Entry, param: Tensor) -> No
 
 
 def _settled_scalar(value: Any, param: Tensor, kernels: bool) -> Tensor:
-    """A number as the 0-d tensor that torch keeps: fp32 beside the parameter for the kernels, else on the CPU."""
+    """A number as the 0-d tensor that torch keeps, beside the parameter for the kernels, else on the CPU."""
     device = param.device if kernels else torch.device("cpu")
-    dtype = torch.float32 if kernels else layout.scalar_dtype()
     if not isinstance(value, Tensor):
-        return torch.tensor(float(value), dtype=dtype, device=device)
-    if value.dim() == 0 and value.device == device and value.dtype in ({torch.float32} if kernels else _FLOATS):
+        return torch.tensor(float(value), dtype=layout.scalar_dtype(), device=device)
+    if value.dim() == 0 and value.device == device and value.dtype in (torch.float32, torch.float64):
         return value
-    return value.detach().reshape(()).to(device=device, dtype=dtype)
-
-
-_FLOATS = {torch.float32, torch.float64}
+    return value.detach().reshape(()).to(device=device, dtype=layout.scalar_dtype())
 
 
 def _settled_state(value: Tensor, param: Tensor, kernels: bool) -> Tensor:

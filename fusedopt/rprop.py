@@ -46,7 +46,7 @@ class Rprop(FusedOptimizer):
     """
 
     kernel = "rprop"
-    hyperparameters = ("etas", "step_sizes", "maximize")
+    hyperparameters = ("lr", "etas", "step_sizes", "maximize")
     scalar_states = ("step",)
     states = ("prev", "step_size")
 
@@ -87,7 +87,7 @@ class Rprop(FusedOptimizer):
 
     @staticmethod
     def scalars(hyper: Scalars, scalar_states: Scalars) -> tuple[Scalars, Scalars]:
-        eta_minus, eta_plus, step_size_min, step_size_max, maximize = hyper
+        _lr, eta_minus, eta_plus, step_size_min, step_size_max, maximize = hyper
         step = scalar_states[0] + 1
         sign = -1.0 if maximize else 1.0
         return (sign, eta_minus, eta_plus, step_size_min, step_size_max), (step,)

@@ -91,7 +91,7 @@ class Item:
     signature: Signature
     numel: int
     addresses: tuple[int, ...]  # parameter and states, 0 = absent
-    scalar_addresses: tuple[int, ...]  # 0 = absent
+    scalar_addresses: tuple[int, ...]  # of `number_address`
 
 
 class Tables:
@@ -167,6 +167,7 @@ class Tables:
                 SCALARS=self._scalars_rule,
                 N_HYPER=self._n_hyper,
                 N_SCALAR_STATES=self._n_scalar_states,
+                N_SCALARS=self._n_scalars,
                 HYPER_TENSORS=bool(self._hyper_tensors),
                 BLOCK_SIZE=PREPARE_BLOCK_SIZE,
                 **LAUNCH_OPTIONS,
@@ -198,7 +199,7 @@ class Tables:
                 if number.device != self._device or number.dtype not in (torch.float32, torch.float64):
                     number = number.to(self._device, torch.float64)
                 self._hyper_tensors.append(number)
-                addresses[i] = number.data_ptr() + (number.dtype == torch.float32)
+                addresses[i] = number_address(number)
                 numbers[i] = 0.0
         self._hyper = np.array(numbers, dtype=np.float64)
         self._hyper_pointers = np.array(addresses, dtype=np.int64)
@@ -212,6 +213,11 @@ class Tables:
 
     def _current_stream(self) -> int:
         return torch.cuda.current_stream(self._device).cuda_stream if self._device.type == "cuda" else 0
+
+
+def number_address(number: Tensor | None) -> int:
+    """What the kernels find a 0-d fp32 (odd) or fp64 (even) tensor by, 0 for none."""
+    return 0 if number is None else number.data_ptr() + (number.dtype == torch.float32)
 
 
 def _pack(sections: Sequence[Array]) -> tuple[Array, list[tuple[int, int]]]:

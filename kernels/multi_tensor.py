@@ -10,6 +10,25 @@ import triton.language as tl
 from .rounding import load, store
 
 
+@triton.jit
+def load_number(address, absent):
+    """The fp32 at an odd address less one, the fp64 at an even one, `absent` at 0; in float64."""
+    is_fp32 = address % 2 == 1
+    is_fp64 = (address != 0) & (address % 2 == 0)
+    fp32 = tl.load((address - 1).to(tl.pointer_type(tl.float32)), mask=is_fp32, other=0.0)
+    fp64 = tl.load(address.to(tl.pointer_type(tl.float64)), mask=is_fp64, other=0.0)
+    return tl.where(is_fp32, fp32.to(tl.float64), tl.where(is_fp64, fp64, absent))
+
+
+@triton.jit
+def store_number(address, value):
+    """Where `load_number` read; nowhere at 0."""
+    is_fp32 = address % 2 == 1
+    is_fp64 = (address != 0) & (address % 2 == 0)
+    tl.store((address - 1).to(tl.pointer_type(tl.float32)), value.to(tl.float32), mask=is_fp32)
+    tl.store(address.to(tl.pointer_type(tl.float64)), value, mask=is_fp64)
+
+
 def _rule_name(function) -> str:
     return f"{function.__module__.rpartition('.')[2]}_{function.__name__}"
 
@@ -21,14 +40,15 @@ def _rule_name(function) -> str:
 def prepare(
     groups_ptr,  # int64 [n_tensors]: the param group of each tensor
     grads_ptr,  # int64 [n_tensors]: address of the gradient, 0 = none in this step
-    scalar_states_ptr,  # int64 [n_tensors, N_SCALAR_STATES]: addresses of 0-d fp32 states, 0 = absent
+    scalar_states_ptr,  # int64 [n_tensors, N_SCALAR_STATES]: addresses of 0-d states, +1 for fp32, 0 = absent
     hyper_ptr,  # float64 [groups, N_HYPER]
-    hyper_tensors_ptr,  # int64 [groups, N_HYPER]: address of a device tensor, +1 if it is fp32, 0 = take hyper_ptr's
-    scalars_ptr,  # float64 [n_tensors, len(scalars)]: written
+    hyper_tensors_ptr,  # int64 [groups, N_HYPER]: address of a device tensor, +1 for fp32, 0 = take hyper_ptr's
+    scalars_ptr,  # float64 [n_tensors, N_SCALARS]: written
     n_tensors: tl.int64,
     SCALARS: tl.constexpr,
     N_HYPER: tl.constexpr,
     N_SCALAR_STATES: tl.constexpr,
+    N_SCALARS: tl.constexpr,
     HYPER_TENSORS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
@@ -43,28 +63,25 @@ def prepare(
         # Lanes without a tensor read group 0, so that they compute with valid numbers.
         value = tl.load(hyper_ptr + groups * N_HYPER + i)
         if HYPER_TENSORS:
-            address = tl.load(hyper_tensors_ptr + groups * N_HYPER + i)
-            is_fp32 = address % 2 == 1
-            fp32 = tl.load((address - 1).to(tl.pointer_type(tl.float32)), mask=is_fp32, other=0.0)
-            fp64 = tl.load(address.to(tl.pointer_type(tl.float64)), mask=(address != 0) & (address % 2 == 0), other=0.0)
-            value = tl.where(is_fp32, fp32.to(tl.float64), tl.where(address != 0, fp64, value))
+            value = load_number(tl.load(hyper_tensors_ptr + groups * N_HYPER + i), value)
         hyper += (value,)
 
-    scalar_state_ptrs = ()
+    addresses = ()
     scalar_states = ()
+    ones = tl.full([BLOCK_SIZE], 1.0, tl.float64)
     for i in tl.static_range(N_SCALAR_STATES):
         address = tl.load(scalar_states_ptr + tensors * N_SCALAR_STATES + i, mask=mask, other=0)
-        scalar_state_ptr = address.to(tl.pointer_type(tl.float32))
-        scalar_state_ptrs += (scalar_state_ptr,)
-        scalar_states += (tl.load(scalar_state_ptr, mask=address != 0, other=1.0).to(tl.float64),)
+        addresses += (address,)
+        scalar_states += (load_number(address, ones),)
 
     scalars, scalar_states = SCALARS(hyper, scalar_states)
+    tl.static_assert(len(scalars) == N_SCALARS, "the rule has another number of scalars than its reference")
+    tl.static_assert(len(scalar_states) == N_SCALAR_STATES, "the rule has another number of scalar states")
 
     for i in tl.static_range(N_SCALAR_STATES):
-        present = scalar_state_ptrs[i].to(tl.int64) != 0
-        tl.store(scalar_state_ptrs[i], scalar_states[i].to(tl.float32), mask=present)
-    for i in tl.static_range(len(scalars)):
-        tl.store(scalars_ptr + tensors * len(scalars) + i, scalars[i] + tl.zeros_like(hyper[0]), mask=mask)
+        store_number(addresses[i], scalar_states[i])
+    for i in tl.static_range(N_SCALARS):
+        tl.store(scalars_ptr + tensors * N_SCALARS + i, scalars[i] + tl.zeros_like(hyper[0]), mask=mask)
 
 
 @triton.jit
@@ -102,6 +119,7 @@ def update_tile(
             states += (load(state_ptr + offsets, mask, COMPUTE),)
 
     param, states = UPDATE(param, grad, states, scalars, STATES)
+    tl.static_assert(len(states) == len(STATES), "the rule returns another number of states than the class has")
 
     store(param_ptr + offsets, param, mask)
     for i in tl.static_range(len(STATES)):

@@ -8,7 +8,7 @@ from .arithmetic import maximum, minimum, signum
 
 @triton.jit
 def scalars(hyper, scalar_states):
-    eta_minus, eta_plus, step_size_min, step_size_max, maximize = hyper
+    _lr, eta_minus, eta_plus, step_size_min, step_size_max, maximize = hyper
     step = scalar_states[0] + 1
     sign = tl.where(maximize != 0, -1.0, 1.0)
     return (sign, eta_minus, eta_plus, step_size_min, step_size_max), (step,)

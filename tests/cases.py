@@ -86,4 +86,38 @@ CASES = [
         {"lr": 0.01},
         {"lr": 0.01, "weight_decay": 0.1, "amsgrad": True, "maximize": True},
     ),
+    *_rows(
+        "NAdam",
+        {"lr": 0.01},
+        {"lr": 0.01, "weight_decay": 0.1, "momentum_decay": 0.1, "maximize": True},
+        {"lr": 0.01, "weight_decay": 0.1, "decoupled_weight_decay": True},
+    ),
+    *_rows(
+        "RAdam",
+        {"lr": 0.01},
+        {"lr": 0.01, "betas": (0.8, 0.7), "eps": 1e-6, "weight_decay": 0.1, "maximize": True},
+        {"lr": 0.01, "betas": (0.9, 0.9), "weight_decay": 0.1, "decoupled_weight_decay": True},
+    ),
+    *_rows(
+        "Adamax",
+        {"lr": 0.01},
+        {"lr": 0.01, "betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.1, "maximize": True},
+    ),
+    *_rows(
+        "ASGD",
+        {"lr": 0.1},
+        {"lr": 0.1, "lambd": 0.1, "alpha": 0.5, "t0": 1, "weight_decay": 0.1},
+        {"lr": 0.1, "weight_decay": 0.1, "maximize": True},
+    ),
+    *_rows(
+        "Rprop",
+        {"lr": 0.1},
+        {"lr": 0.1, "etas": (0.3, 1.5), "step_sizes": (0.05, 0.2), "maximize": True},
+    ),
+    *_rows(
+        "Lion",
+        {"lr": 0.01},
+        {"lr": 0.01, "betas": (0.8, 0.7), "weight_decay": 0.1, "maximize": True},
+        in_torch=False,
+    ),
 ]

@@ -34,6 +34,14 @@ def device():
 
 
 @pytest.fixture
+def fp64_scalars():
+    """Keep `step`, `mu_product` … in fp64: torch computes NAdam's in the dtype that it keeps it in, fp32 by default."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
 def poisoned():
     """Fill uninitialised memory with NaN, so that an element that nobody wrote shows."""
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory

@@ -8,7 +8,7 @@ neither on torch nor on fusedopt. Values are long doubles, so that also fp64 has
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,22 +28,36 @@ def exact(tensor: torch.Tensor) -> Array:
 
 @dataclass(frozen=True)
 class Bounded:
-    """A value, and the scale that its rounding errors are fractions of: relative scales add up, as relative errors."""
+    """A value, and the scale of its rounding errors: the same formula on absolute values, but for these rules.
+
+    Relative scales add up where both operands of a product or quotient have been rounded before; beside an exact one
+    (an input, a hyperparameter) the other's stays as it is. A square so has twice the relative error of its root. An
+    infinite bound says that rounding decides the value: nothing can be said about it.
+    """
 
     value: Array
     bound: Array
+    exact: bool = False
+    lost: float = np.inf  # where a bound is so many times its value, the arithmetic has lost the value
+    others: tuple[Array, ...] = ()  # values that are as right where rounding decides a sign, NaN elsewhere
 
     @staticmethod
-    def of(value: Any) -> Bounded:
+    def of(value: Any, lost: float = np.inf) -> Bounded:
         value = np.asarray(value, dtype=np.longdouble)
-        return Bounded(value, np.abs(value))
+        return Bounded(value, np.abs(value), exact=True, lost=lost)
+
+    def _result(self, other: Bounded, value: Array, bound: Array) -> Bounded:
+        return Bounded(value, bound, lost=min(self.lost, other.lost))
 
     def __neg__(self) -> Bounded:
-        return Bounded(-self.value, self.bound)
+        return replace(self, value=-self.value)
+
+    def __abs__(self) -> Bounded:
+        return replace(self, value=abs(self.value))
 
     def __add__(self, other: Any) -> Bounded:
         other = _bounded(other)
-        return Bounded(self.value + other.value, self.bound + other.bound)
+        return self._result(other, self.value + other.value, self.bound + other.bound)
 
     def __sub__(self, other: Any) -> Bounded:
         return self + -_bounded(other)
@@ -51,12 +65,17 @@ class Bounded:
     def __mul__(self, other: Any) -> Bounded:
         other = _bounded(other)
         value = self.value * other.value
-        return Bounded(value, self.bound * abs(other.value) + abs(self.value) * other.bound - abs(value))
+        # Not only to first order: where an operand cancels to 0, its square still has an error.
+        bound = self.bound * other.bound
+        return self._result(other, value, bound if self.exact or other.exact else bound + abs(value))
 
     def __truediv__(self, other: Any) -> Bounded:
         other = _bounded(other)
         value = self.value / other.value
-        return Bounded(value, (self.bound + abs(value) * other.bound) / abs(other.value) - abs(value))
+        bound = (self.bound + abs(value) * other.bound) / abs(other.value)
+        bound = bound - abs(value) if self.exact or other.exact else bound
+        lost = other.bound > min(self.lost, other.lost) * abs(other.value)
+        return self._result(other, value, np.where(lost, np.inf, bound))
 
     __radd__, __rmul__ = __add__, __mul__
 
@@ -70,18 +89,28 @@ class Bounded:
         """The root halves an error, but adds its own. Without a bound the value is an exact 0."""
         value = np.sqrt(self.value)
         inherited = np.divide(self.bound, 2 * value, out=np.zeros_like(self.bound), where=self.bound > 0)
-        return Bounded(value, np.maximum(value, inherited))
+        return replace(self, value=value, bound=np.maximum(value, inherited), exact=False)
 
     def maximum(self, other: Any) -> Bounded:
+        """The larger one's bound, or both where rounding may decide which it is."""
         other = _bounded(other)
-        return Bounded(np.maximum(self.value, other.value), np.maximum(self.bound, other.bound))
+        both = np.maximum(self.bound, other.bound)
+        larger = np.where(self.value > other.value, self.bound, other.bound)
+        close = abs(self.value - other.value) * min(self.lost, other.lost) <= self.bound + other.bound
+        return self._result(other, np.maximum(self.value, other.value), np.where(close, both, larger))
 
 
 def _bounded(number: Any) -> Bounded:
     return number if isinstance(number, Bounded) else Bounded.of(number)
 
 
-def power(base: float, exponent: int) -> Bounded:
+def sign(number: Bounded, compute: torch.dtype) -> tuple[Array, Array]:
+    """The sign, and where rounding may give another: within 4 ULP of the bound, as the tolerance is."""
+    undecided = (abs(number.value) <= 4 * torch.finfo(compute).eps * number.bound) & (number.bound > 0)
+    return np.sign(number.value), undecided
+
+
+def power(base: float, exponent: float) -> Bounded:
     """base ** exponent in float64: an error of the exponent counts by its size."""
     value = np.longdouble(base) ** exponent
     return Bounded(value, value * (1 + abs(exponent * np.log2(np.longdouble(base)))))
@@ -90,7 +119,7 @@ def power(base: float, exponent: int) -> Bounded:
 def rounded(scalar: Bounded, dtype: torch.dtype) -> Bounded:
     """A number that was computed in float64 and then rounded to the dtype of the arithmetic."""
     share = EPS64 / torch.finfo(dtype).eps
-    return Bounded(scalar.value, abs(scalar.value) + share * scalar.bound)
+    return Bounded(scalar.value, abs(scalar.value) + share * scalar.bound, exact=True)
 
 
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -130,6 +159,25 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "decoupled_weight_decay": False,
     },
     "AdamW": {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2, "amsgrad": False},
+    "NAdam": {
+        "lr": 2e-3,
+        "betas": (0.9, 0.999),
+        "eps": 1e-8,
+        "weight_decay": 0,
+        "momentum_decay": 4e-3,
+        "decoupled_weight_decay": False,
+    },
+    "RAdam": {
+        "lr": 1e-3,
+        "betas": (0.9, 0.999),
+        "eps": 1e-8,
+        "weight_decay": 0,
+        "decoupled_weight_decay": False,
+    },
+    "Adamax": {"lr": 2e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0},
+    "ASGD": {"lr": 1e-2, "lambd": 1e-4, "alpha": 0.75, "t0": 1e6, "weight_decay": 0},
+    "Rprop": {"lr": 1e-2, "etas": (0.5, 1.2), "step_sizes": (1e-6, 50)},
+    "Lion": {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0},
 }
 
 
@@ -147,8 +195,13 @@ def state_names(case: Any) -> set[str]:
         "RMSprop": {"square_avg": True, "momentum_buffer": o.get("momentum", 0) > 0, "grad_avg": o.get("centered")},
         "Adadelta": {"square_avg": True, "acc_delta": True},
         "Adam": {"exp_avg": True, "exp_avg_sq": True, "max_exp_avg_sq": o.get("amsgrad")},
+        "Adamax": {"exp_avg": True, "exp_inf": True},
+        "ASGD": {"ax": True},
+        "Rprop": {"prev": True, "step_size": True},
+        "Lion": {"exp_avg": True},
     }
-    return {name for name, used in names["Adam" if case.optimizer == "AdamW" else case.optimizer].items() if used}
+    names |= {"AdamW": names["Adam"], "NAdam": names["Adam"], "RAdam": names["Adam"]}
+    return {name for name, used in names[case.optimizer].items() if used}
 
 
 def step(
@@ -166,8 +219,9 @@ def step(
 
     """
     o = options_of(case)
-    p, g = Bounded.of(param), Bounded.of(grad)
-    old = {name: Bounded.of(states[name]) if name in states else None for name in state_names(case)}
+    lost = 1 / (8 * torch.finfo(compute).eps)
+    p, g = Bounded.of(param, lost), Bounded.of(grad, lost)
+    old = {name: Bounded.of(states[name], lost) if name in states else None for name in state_names(case)}
     if o["maximize"]:
         g = -g
     with np.errstate(all="ignore"):
@@ -223,13 +277,8 @@ def adadelta(o: Any, p: Bounded, g: Bounded, old: Any, step: int, compute: torch
 
 def adam(o: Any, p: Bounded, g: Bounded, old: Any, step: int, compute: torch.dtype) -> Any:
     lr, (beta1, beta2) = o["lr"], o["betas"]
-    if o["decoupled_weight_decay"]:
-        p = rounded(1 - lr * Bounded.of(o["weight_decay"]), compute) * p
-    elif o["weight_decay"]:
-        g = g + o["weight_decay"] * p
-    m = beta1 * _begun(old["exp_avg"], p) + rounded(1 - Bounded.of(beta1), compute) * g
-    v = beta2 * _begun(old["exp_avg_sq"], p) + rounded(1 - Bounded.of(beta2), compute) * (g * g)
-    new = {"exp_avg": m, "exp_avg_sq": v}
+    p, g, new = _moments(o, p, g, old, compute)
+    m, v = new["exp_avg"], new["exp_avg_sq"]
     if o["amsgrad"]:
         v = new["max_exp_avg_sq"] = _begun(old["max_exp_avg_sq"], p).maximum(v)
     step_size = rounded(lr / (1 - power(beta1, step)), compute)
@@ -241,6 +290,78 @@ def adamw(o: Any, p: Bounded, g: Bounded, old: Any, step: int, compute: torch.dt
     return adam({**o, "decoupled_weight_decay": True}, p, g, old, step, compute)
 
 
+def nadam(o: Any, p: Bounded, g: Bounded, old: Any, step: int, compute: torch.dtype) -> Any:
+    lr, (beta1, beta2) = o["lr"], o["betas"]
+    p, g, new = _moments(o, p, g, old, compute)
+
+    def mu(t: int) -> Bounded:
+        return beta1 * (1 - 0.5 * power(0.96, t * o["momentum_decay"]))
+
+    product = Bounded.of(1.0)
+    for t in range(1, step):  # kept as fp32 between the steps
+        product = Bounded.of(np.float32((product * mu(t)).value))
+    product = product * mu(step)
+    grad_size = rounded(lr * (1 - mu(step)) / (1 - product), compute)
+    step_size = rounded(lr * mu(step + 1) / (1 - product * mu(step + 1)), compute)
+    correction = rounded(1 - power(beta2, step), compute)
+    denom = (new["exp_avg_sq"] / correction).sqrt() + o["eps"]
+    return p - grad_size * g / denom - step_size * new["exp_avg"] / denom, new
+
+
+def radam(o: Any, p: Bounded, g: Bounded, old: Any, step: int, compute: torch.dtype) -> Any:
+    lr, (beta1, beta2) = o["lr"], o["betas"]
+    p, g, new = _moments(o, p, g, old, compute)
+    step_size = rounded(lr / (1 - power(beta1, step)), compute)
+    rho_inf = 2 / (1 - Bounded.of(beta2)) - 1
+    rho = rho_inf - 2 * step * power(beta2, step) / (1 - power(beta2, step))
+    if rho.value <= 5:
+        return p - step_size * new["exp_avg"], new
+    rectification = ((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)).sqrt()
+    adaptive = rounded(rectification * (1 - power(beta2, step)).sqrt(), compute)
+    return p - step_size * (adaptive * new["exp_avg"] / (new["exp_avg_sq"].sqrt() + o["eps"])), new
+
+
+def adamax(o: Any, p: Bounded, g: Bounded, old: Any, step: int, compute: torch.dtype) -> Any:
+    lr, (beta1, beta2) = o["lr"], o["betas"]
+    g = g + o["weight_decay"] * p if o["weight_decay"] else g
+    m = beta1 * _begun(old["exp_avg"], p) + rounded(1 - Bounded.of(beta1), compute) * g
+    u = (beta2 * _begun(old["exp_inf"], p)).maximum(abs(g) + o["eps"])
+    step_size = rounded(lr / (1 - power(beta1, step)), compute)
+    return p - step_size * (m / u), {"exp_avg": m, "exp_inf": u}
+
+
+def asgd(o: Any, p: Bounded, g: Bounded, old: Any, step: int, compute: torch.dtype) -> Any:
+    lr, lambd, past = o["lr"], o["lambd"], step - 1
+    g = g + o["weight_decay"] * p if o["weight_decay"] else g
+    # The rate and the weight that the step before left behind, as fp32.
+    eta = Bounded.of(np.float32(lr / (1 + lambd * lr * past) ** o["alpha"]))
+    mu = Bounded.of(np.float32(1 / max(1, past - o["t0"])))
+    p = rounded(1 - lambd * eta, compute) * p - eta * g
+    average = _begun(old["ax"], p)
+    return p, {"ax": p if mu.value == 1 else average + mu * (p - average)}
+
+
+def rprop(o: Any, p: Bounded, g: Bounded, old: Any, step: int, compute: torch.dtype) -> Any:
+    (minus, plus), (least, most) = o["etas"], o["step_sizes"]
+    length = _zeros(p) + o["lr"] if old["step_size"] is None else old["step_size"]
+    agreement = (g * _begun(old["prev"], p)).value.astype(_numpy(compute))  # may underflow to 0
+    factor = Bounded.of(np.where(agreement > 0, plus, np.where(agreement < 0, minus, 1.0)))
+    length = factor * length
+    length = Bounded(np.clip(length.value, least, most), length.bound)
+    g = Bounded.of(np.where(agreement < 0, 0, g.value))
+    return p - Bounded.of(np.sign(g.value)) * length, {"prev": g, "step_size": length}
+
+
+def lion(o: Any, p: Bounded, g: Bounded, old: Any, step: int, compute: torch.dtype) -> Any:
+    lr, (beta1, beta2) = o["lr"], o["betas"]
+    m = _begun(old["exp_avg"], p)
+    direction, undecided = sign(beta1 * m + rounded(1 - Bounded.of(beta1), compute) * g, compute)
+    p = rounded(1 - lr * Bounded.of(o["weight_decay"]), compute) * p if o["weight_decay"] else p
+    others = tuple((p - lr * Bounded.of(np.where(undecided, other, np.nan))).value for other in (-1, 0, 1))
+    p = replace(p - lr * Bounded.of(direction), others=others if undecided.any() else ())
+    return p, {"exp_avg": beta2 * m + rounded(1 - Bounded.of(beta2), compute) * g}
+
+
 EQUATIONS = {
     "SGD": sgd,
     "Adagrad": adagrad,
@@ -248,7 +369,29 @@ EQUATIONS = {
     "Adadelta": adadelta,
     "Adam": adam,
     "AdamW": adamw,
+    "NAdam": nadam,
+    "RAdam": radam,
+    "Adamax": adamax,
+    "ASGD": asgd,
+    "Rprop": rprop,
+    "Lion": lion,
 }
+
+
+def _moments(o: Any, p: Bounded, g: Bounded, old: Any, compute: torch.dtype) -> tuple[Bounded, Bounded, dict[str, Any]]:
+    """Weight decay and the two averages that the Adam family has in common."""
+    beta1, beta2 = o["betas"]
+    if o["decoupled_weight_decay"]:
+        p = rounded(1 - o["lr"] * Bounded.of(o["weight_decay"]), compute) * p
+    elif o["weight_decay"]:
+        g = g + o["weight_decay"] * p
+    m = beta1 * _begun(old["exp_avg"], p) + rounded(1 - Bounded.of(beta1), compute) * g
+    v = beta2 * _begun(old["exp_avg_sq"], p) + rounded(1 - Bounded.of(beta2), compute) * (g * g)
+    return p, g, {"exp_avg": m, "exp_avg_sq": v}
+
+
+def _numpy(dtype: torch.dtype) -> Any:
+    return np.float64 if dtype == torch.float64 else np.float32
 
 
 def _root(v: Bounded, o: Any) -> Bounded:

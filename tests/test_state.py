@@ -86,8 +86,8 @@ def test_step_has_torchs_dtype(name, backend, default):
     finally:
         torch.set_default_dtype(torch.float32)
     for values, expected in zip(mine.state.values(), theirs.state.values(), strict=True):
-        if "step" in expected:  # the kernels keep it in fp32, as torch's fused step does
-            assert values["step"].dtype == (torch.float32 if backend == "triton" else expected["step"].dtype)
+        if "step" in expected:
+            assert values["step"].dtype == expected["step"].dtype
     assert all(step.dtype in (torch.float32, default) and step.dtype != torch.bfloat16 for step in begun)
 
 
@@ -100,7 +100,7 @@ def test_torch_goes_on_from_our_checkpoint(case, backend):
     theirs = case.make_torch([p.detach().clone().requires_grad_() for p in params_of(mine)])
     theirs.load_state_dict(saved_and_loaded(mine.state_dict()))
     train(theirs, range(3, 6))
-    assert_same(theirs, uninterrupted)
+    assert_same(theirs, uninterrupted, check_dtype=False)  # torch casts every state but step as it loads
 
 
 @every_case

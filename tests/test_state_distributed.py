@@ -26,7 +26,7 @@ def make_model(dtype=torch.float64):
 
 
 def options(name):
-    return SGD_OPTIONS if name == "SGD" else {"weight_decay": 0.1}
+    return {"SGD": SGD_OPTIONS, "Rprop": {}}.get(name, {"weight_decay": 0.1})
 
 
 def train(model, optimizer, steps):

@@ -1,0 +1,225 @@
+"""Whatever happens between two steps, the next one does what torch.optim does.
+
+More examples, other ones each time: FUSEDOPT_FUZZ_EXAMPLES=1000 pytest tests/test_fuzz.py [--hypothesis-seed=N]
+"""
+
+import copy
+import os
+from collections import defaultdict
+from unittest.mock import patch
+
+import pytest
+import torch
+from cases import CASES
+from conftest import DEVICE
+from fuzz_actions import ACTIONS, Actions, choose, lay
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import fusedopt
+
+# One dimension, none, size 1, no elements; (3, 3) can be transposed at its address; full vectors and a tail.
+SHAPES = [(3, 3), (3, 3), (4, 3), (2, 3, 2, 2), (17,), (), (1, 5), (0, 2)]
+DTYPES = [torch.float64, torch.float64, torch.float32, torch.complex128]
+# Of the largest element. fp64 decides; the twin of 16 bits is fp32, which leaves one rounding.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+EXACT = {"step", "momentum_begun"}
+
+EXAMPLES = int(os.environ.get("FUSEDOPT_FUZZ_EXAMPLES", "0"))  # of each case; 0 = always the same few
+
+
+class Twins(Actions):
+    """An optimizer of fusedopt and one of torch, on parameters, gradients and states of the same values.
+
+    The twin is plain: memory of its own in the ordinary order, and fp32 in place of 16 bits, where torch would round
+    after every operation.
+    """
+
+    def __init__(self, case, backend, draw):
+        self.case = case
+        self.random = torch.Generator().manual_seed(0)
+        pairs = [self.new_pair(draw) for _ in range(draw(st.integers(1, 4)))]
+        cut = draw(st.integers(0, len(pairs) - 1))
+        groups = [pairs[:cut], pairs[cut:]] if cut else [pairs]
+        self.ours = case.make([{"params": [p for p, _ in group]} for group in groups], backend=backend)
+        self.theirs = case.make_torch([{"params": [q for _, q in group]} for group in groups])
+
+    def new_pair(self, draw):
+        p = nn.Parameter(torch.empty(draw(st.sampled_from(SHAPES)), dtype=draw(st.sampled_from(DTYPES)), device=DEVICE))
+        p.data = self.values(p)
+        p.grad = self.values(p) if draw(st.sampled_from([True, True, True, False])) else None
+        return p, nn.Parameter(p.detach().clone())
+
+    def values(self, like):
+        dtype = torch.complex128 if like.is_complex() else torch.float64
+        return torch.randn(like.shape, dtype=dtype, generator=self.random).to(like.device, like.dtype)
+
+    @property
+    def groups(self):
+        return list(zip(self.ours.param_groups, self.theirs.param_groups, strict=True))
+
+    @property
+    def pairs(self):
+        return [pair for mine, true in self.groups for pair in zip(mine["params"], true["params"], strict=True)]
+
+    def pick(self, draw):
+        return choose(draw, self.pairs)
+
+    def pick_alike(self, draw):
+        """Two parameters that could change places; often the same one twice."""
+        p, q = self.pick(draw)
+        alike = [pair for pair in self.pairs if (pair[0].shape, pair[0].dtype) == (p.shape, p.dtype)]
+        return (p, q), choose(draw, alike)
+
+    def pick_state(self, draw):
+        """A parameter and the name of one of its states; None where there is none yet."""
+        p, q = self.pick(draw)
+        names = sorted(self.ours.state.get(p, {}).keys() - self.ours.scalar_states)
+        return p, q, draw(st.sampled_from(names)) if names else None
+
+    def follow_dtype(self, p, q):
+        """Convert the twin of a converted parameter, states and all: not every step of torch can mix dtypes."""
+        if p.dtype != q.dtype:
+            q.grad, q.data = None, lay(p).to(torch.promote_types(p.dtype, torch.float32))
+            state = self.theirs.state.get(q, {})
+            state.update({name: value.to(q.dtype) for name, value in state.items() if name in self.ours.states})
+
+    def drop_states(self, name):
+        for p, q in self.pairs:
+            self.ours.state.get(p, {}).pop(name, None)
+            self.theirs.state.get(q, {}).pop(name, None)
+
+    def forget_replaced(self):
+        """Drop the states of parameters that are in no group any more: no state_dict can hold them."""
+        for optimizer in (self.ours, self.theirs):
+            known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            for owner in [owner for owner in optimizer.state if id(owner) not in known]:
+                del optimizer.state[owner]
+
+    def fill_in(self):
+        """Give the twin the states with which fusedopt begins where torch raises KeyError."""
+        for mine, true in self.groups:
+            for q in true["params"]:
+                state = self.theirs.state.get(q, {})
+                state.update({k: torch.tensor(float(v)) for k, v in state.items() if k in self.ours.scalar_states})
+                if q.grad is not None and self.case.optimizer != "SGD" and (state or self.case.optimizer == "Adagrad"):
+                    fresh = {}
+                    self.ours.init_state(q.detach(), fresh, mine)
+                    fresh.update({k: torch.tensor(float(v)) for k, v in fresh.items() if k in self.ours.scalar_states})
+                    self.theirs.state[q] = {**fresh, **state}
+
+    def give_gradients(self):
+        for p, q in self.pairs:
+            q.grad = None if p.grad is None else lay(p.grad).to(q.dtype)
+
+    def step(self, closure=None):
+        """One step of each; then everything must be equal."""
+        self.give_gradients()
+        pairs = self.pairs
+        places = [(p.data_ptr(), p.stride(), p.dtype) for p, _ in pairs]
+        versions = [p._version for p, _ in pairs]
+        states = [self.ours.state.get(p, {}) for p, _ in pairs]
+        dtypes = [{name: state[name].dtype for name in state.keys() & self.ours.states} for state in states]
+        assert self.ours.step(closure) == (closure and 1.5)
+        self.fill_in()
+        before = [{"": q.detach().clone(), **copy.deepcopy(self.theirs.state.get(q, {}))} for _, q in pairs]
+        self.theirs.step()
+
+        self.forget_replaced()
+        mine, true = ({i: s.keys() for i, s in o.state_dict()["state"].items() if s} for o in (self.ours, self.theirs))
+        assert mine == true
+        tolerances = self.tolerances()
+        for i, (p, q) in enumerate(pairs):
+            assert (p.data_ptr(), p.stride(), p.dtype) == places[i], "the step moved a parameter"
+            if p.grad is not None:
+                assert p._version > versions[i] or not p.numel(), "the step did not tell autograd"
+                assert torch.equal(lay(p.grad).to(q.dtype), q.grad), "the step wrote into a gradient"
+            near = tolerances[p.data_ptr()]
+            assert_near(p.detach(), q.detach(), before[i][""], near, f"parameter {i}")
+            for name, true in self.theirs.state.get(q, {}).items():
+                mine, what = self.ours.state[p][name], f"{name} of parameter {i}"
+                if name in self.ours.states:
+                    assert mine.shape == p.shape, what
+                    assert mine.dtype == dtypes[i].get(name, p.dtype), what
+                elif p.grad is not None:
+                    assert mine.shape == (), what
+                if name in EXACT:
+                    assert float(mine) == true, what
+                else:
+                    assert_near(mine, true, before[i].get(name), near, what)
+        for mine, true in self.groups:
+            for key in true.keys() - {"params", "foreach"}:
+                assert mine[key] == true[key], key
+        self.meet()
+
+    def tolerances(self):
+        """By the address of a parameter, since two may share it: that of the coarsest tensor in its update."""
+        tolerances = defaultdict(float)
+        for p, q in self.pairs:
+            states = [value for name, value in self.ours.state.get(p, {}).items() if name not in EXACT]
+            coarsest = max(TOLERANCE[tensor.dtype.to_real()] for tensor in (p, q, *states))
+            tolerances[p.data_ptr()] = max(coarsest, tolerances[p.data_ptr()])
+        return tolerances
+
+    @torch.no_grad()
+    def meet(self):
+        """Go on from the same values, in place: errors do not add up, and a stale address still shows."""
+        for p, q in self.pairs:
+            q.copy_(p.copy_(q))
+            for name, value in self.theirs.state.get(q, {}).items():
+                if name != "step":
+                    value.copy_(self.ours.state[p][name].copy_(value))
+
+
+def assert_near(mine, true, before, tolerance, what):
+    values = true if before is None else torch.stack([true, before])
+    scale = values.abs().max().item() if values.numel() else 0.0
+    smallest = torch.finfo(mine.dtype).tiny * torch.finfo(mine.dtype).eps
+    torch.testing.assert_close(
+        mine.to(true.dtype),
+        true,
+        rtol=0,
+        atol=tolerance * scale + smallest,
+        equal_nan=True,
+        msg=lambda message: f"{what}: {message}",
+    )
+
+
+def fuzz(case, backend, draw):
+    # In debug mode no plan is used twice, so half of the examples go without.
+    with patch.object(fusedopt.optimizer, "_DEBUG", draw(st.booleans(), label="debug")):
+        twins = Twins(case, backend, draw)
+        for _ in range(draw(st.integers(1, 8), label="rounds")):
+            for _ in range(draw(st.integers(0, 3), label="actions")):
+                getattr(twins, draw(st.sampled_from(ACTIONS)))(draw)
+            twins.step()
+
+
+IN_TORCH = [case for case in CASES if case.in_torch]
+in_torch = pytest.mark.parametrize("case", IN_TORCH, ids=lambda case: case.id)
+
+
+def budget(examples):
+    return settings(
+        max_examples=EXAMPLES or max(10, examples // len(IN_TORCH)),
+        derandomize=not EXAMPLES,  # and yet different for each case
+        print_blob=True,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        phases=set(Phase) - {Phase.explain},
+    )
+
+
+@in_torch
+@budget(1200)
+@given(data=st.data())
+def test_eager_equals_torch(case, data):
+    fuzz(case, "eager", data.draw)
+
+
+@in_torch
+@budget(550)
+@given(data=st.data())
+def test_triton_equals_torch(case, data):
+    fuzz(case, "triton", data.draw)

@@ -1,0 +1,213 @@
+"""Few launches and no waiting: what a step asks of the device, whatever it steps. Most launches here are empty."""
+
+import pytest
+import torch
+from cases import CASES
+from conftest import DEVICE
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fusedopt
+import fusedopt.tables
+
+SIZES = (1, 7, 0, 1000, 33, 64)
+
+
+@pytest.fixture(autouse=True)
+def ordinary_steps(monkeypatch):
+    """Without FUSEDOPT_DEBUG, under which every step makes a new plan."""
+    monkeypatch.setattr("fusedopt.optimizer._DEBUG", False)
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """(kernel, programs, tables) of every launch from now on; none takes place."""
+    record = []
+
+    def launch(kernel, programs, *args, **options):
+        tables = [arg for arg in args if isinstance(arg, torch.Tensor)]
+        record.append((kernel.fn.__name__, programs, tables))
+
+    monkeypatch.setattr(fusedopt.tables, "launch", launch)
+    return record
+
+
+def kernels(launches):
+    """The names of the kernels, and forget them."""
+    names = [name for name, _, _ in launches]
+    launches.clear()
+    return names
+
+
+def parameters(count, dtype=torch.float32):
+    params = [torch.nn.Parameter(torch.ones(SIZES[i % len(SIZES)], dtype=dtype, device=DEVICE)) for i in range(count)]
+    set_grads(params)
+    return params
+
+
+def set_grads(params):
+    for param in params:
+        param.grad = torch.ones_like(param)
+
+
+def adam(params, **options):
+    return fusedopt.Adam(params, backend="triton", **options)
+
+
+@pytest.mark.parametrize("groups", [1, 20])
+@pytest.mark.parametrize("count", [1, 300, 3000])
+def test_launches_do_not_grow(launches, count, groups):
+    params = parameters(count)
+    groups = min(groups, count)
+    optimizer = adam([{"params": params[i::groups], "lr": 0.1 * i} for i in range(groups)])
+    for _ in range(2):
+        optimizer.step()
+        assert kernels(launches) == ["prepare", "update"]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_two_launches_for_every_optimizer(launches, case):
+    optimizer = case.make(parameters(10), backend="triton")
+    optimizer.step()
+    assert kernels(launches) == ["prepare", "update"]
+
+
+def test_one_more_launch_for_each_signature(launches):
+    params = parameters(7) + parameters(7, torch.bfloat16)
+    adam(params).step()
+    assert kernels(launches) == ["prepare", "update", "update"]
+
+
+def test_states_of_one_group_are_a_signature(launches):
+    params = parameters(12)
+    adam([{"params": params[:5]}, {"params": params[5:], "amsgrad": True}]).step()
+    assert kernels(launches) == ["prepare", "update", "update"]
+
+
+def test_nothing_is_launched_without_gradients(launches):
+    params = parameters(5)
+    optimizer = adam(params)
+    optimizer.step()
+    kernels(launches)
+    optimizer.zero_grad()
+    optimizer.step()
+    assert kernels(launches) == []
+
+
+def test_missing_gradients_rebuild_nothing(launches):
+    params = parameters(30)
+    optimizer = adam([{"params": params[:10]}, {"params": params[10:]}])
+    optimizer.step()
+    plan = optimizer._plan
+    for missing in (params[:1], params[10:], params[3:20:2], []):
+        set_grads(params)
+        for param in missing:
+            param.grad = None
+        kernels(launches)
+        optimizer.step()
+        assert kernels(launches) == ["prepare", "update"]
+        assert optimizer._plan is plan
+
+
+@pytest.mark.parametrize("numbers", [{"lr": 0.5}, {"betas": (0.5, 0.6)}, {"weight_decay": 0.5}, {"maximize": True}])
+def test_new_numbers_rebuild_nothing(launches, numbers):
+    optimizer = adam(parameters(5))
+    optimizer.step()
+    plan = optimizer._plan
+    static = [tables[0].data_ptr() for _, _, tables in launches]
+    kernels(launches)
+    optimizer.param_groups[0].update(numbers)
+    optimizer.step()
+    assert optimizer._plan is plan
+    assert [tables[0].data_ptr() for _, _, tables in launches] == static
+    assert kernels(launches) == ["prepare", "update"]
+
+
+def test_ordinary_training_keeps_the_plan(launches):
+    model = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)).to(DEVICE)
+    optimizer = adam(model.parameters())
+    plans = []
+    held = []  # so that the next gradients lie elsewhere
+    for _ in range(10):
+        optimizer.zero_grad(set_to_none=True)
+        model(torch.ones(3, 5, device=DEVICE)).sum().backward()
+        held += [param.grad for param in model.parameters()]
+        optimizer.step()
+        plans.append(optimizer._plan)
+    assert all(plan is plans[0] for plan in plans)
+    assert kernels(launches) == 10 * ["prepare", "update"]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 16, 17, 129])
+def test_tables_begin_where_triton_expects_them(launches, count):
+    """Triton compiles anew for a pointer that is no multiple of 16."""
+    optimizer = adam(parameters(count) + parameters(count, torch.bfloat16))
+    for _ in range(3):
+        optimizer.step()
+        optimizer.param_groups[0]["lr"] *= 2
+    assert all(table.data_ptr() % 16 == 0 for _, _, tables in launches for table in tables)
+
+
+def test_versions_grow():
+    params = parameters(6)
+    without = parameters(1)[0]
+    without.grad = None
+    optimizer = adam([*params, without])
+    optimizer.step()
+    written = [*params, *(value for param in params for value in optimizer.state[param].values())]
+    before = [tensor._version for tensor in written]
+    unwritten = without._version
+    optimizer.step()
+    assert all(tensor._version > version for tensor, version in zip(written, before, strict=True))
+    assert without._version == unwritten
+
+
+def test_backward_through_overwritten_weights_raises():
+    (param,) = parameters(1)
+    optimizer = adam([param])
+    optimizer.step()
+    loss = (param * param).sum()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+class Operations(TorchDispatchMode):
+    """The names of all operations of torch."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+# What copies to the host or waits for a value: item, float, bool, tolist, equal, nonzero, x[mask], cpu.
+WAITING = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "index", "_to_copy", "copy_"}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_steady_step_waits_for_nothing(launches, case):
+    params = parameters(20)
+    optimizer = case.make(params, backend="triton")
+    optimizer.step()
+    operations = Operations()
+    for step in range(3):
+        set_grads(params)
+        params[step].grad = None
+        optimizer.param_groups[0]["lr"] *= 0.5
+        with operations:
+            optimizer.step()
+    if DEVICE != "cpu":
+        operations.names.discard("_to_copy")  # the upload, from pinned memory
+    assert not operations.names & WAITING
+    assert optimizer._plan is not None
+    assert kernels(launches) == 4 * ["prepare", "update"]
+
+
+def test_waiting_would_be_noticed():
+    with Operations() as operations:
+        float(torch.ones(1))
+        bool(torch.ones(()) == 1)
+    assert operations.names & WAITING

@@ -1,0 +1,168 @@
+"""One pass over memory: what a step reads and writes, byte for byte, as Triton's interpreter sees it."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+from cases import CASES
+
+import fusedopt.tables
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="traces the interpreter, the GPU runs the kernels")
+
+# Several programs, two vectors and a bit, one element, less than a vector, nothing, a whole number of vectors.
+SIZES = (100_003, 4096 + 9, 1, 7, 0, 64)
+# Parameter, gradient and states.
+DTYPES = {
+    "fp32": (torch.float32, torch.float32, torch.float32),
+    "bf16": (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+    "bf16-fp32states": (torch.bfloat16, torch.bfloat16, torch.float32),
+    "fp32-bf16grad": (torch.float32, torch.bfloat16, torch.float32),
+}
+
+
+@dataclass
+class Accesses:
+    """Address and width of every element that was loaded, or stored, in any order."""
+
+    addresses: list[np.ndarray] = field(default_factory=list)
+    widths: list[np.ndarray] = field(default_factory=list)
+
+    def add(self, ptrs, mask):
+        addresses = np.broadcast_to(ptrs.data, np.shape(mask.data))[np.asarray(mask.data, dtype=bool)]
+        self.addresses.append(addresses.astype(np.int64))
+        self.widths.append(np.full(addresses.size, ptrs.get_element_ty().primitive_bitwidth // 8))
+
+    def sort(self):
+        addresses, widths = np.concatenate(self.addresses), np.concatenate(self.widths)
+        order = np.argsort(addresses)
+        self.addresses, self.widths = addresses[order], widths[order]
+
+    def take(self, tensor):
+        """Remove what went to a dense tensor; whether that was each of its elements once, no byte more."""
+        first, size = tensor.data_ptr(), tensor.element_size()
+        inside = slice(*np.searchsorted(self.addresses, [first, first + tensor.nbytes]))
+        each_once = np.array_equal(self.addresses[inside], np.arange(first, first + tensor.nbytes, size))
+        each_once &= bool((self.widths[inside] == size).all())
+        self.addresses, self.widths = np.delete(self.addresses, inside), np.delete(self.widths, inside)
+        return each_once
+
+
+@dataclass
+class Trace:
+    """The accesses of the kernels, and the tables that they were given."""
+
+    loads: Accesses = field(default_factory=Accesses)
+    stores: Accesses = field(default_factory=Accesses)
+    tables: list[torch.Tensor] = field(default_factory=list)
+
+
+@pytest.fixture
+def traced_step(monkeypatch):
+    """Makes a step of an optimizer and returns its trace. Accesses without a mask have a mask of ones here."""
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    load, store, launch = builder.create_masked_load, builder.create_masked_store, fusedopt.tables.launch
+
+    def step(optimizer):
+        trace = Trace()
+
+        def traced_load(ptrs, mask, *rest):
+            trace.loads.add(ptrs, mask)
+            return load(ptrs, mask, *rest)
+
+        def traced_store(ptrs, value, mask, *rest):
+            trace.stores.add(ptrs, mask)
+            return store(ptrs, value, mask, *rest)
+
+        def traced_launch(kernel, programs, *args, **options):
+            trace.tables += [arg for arg in args if isinstance(arg, torch.Tensor)]
+            launch(kernel, programs, *args, **options)
+
+        monkeypatch.setattr(builder, "create_masked_load", traced_load)
+        monkeypatch.setattr(builder, "create_masked_store", traced_store)
+        monkeypatch.setattr(fusedopt.tables, "launch", traced_launch)
+        optimizer.step()
+        trace.loads.sort()
+        trace.stores.sort()
+        return trace
+
+    return step
+
+
+def distinct_cases():
+    """The first case of every rule and set of states."""
+    found = {}
+    for case in CASES:
+        optimizer = case.make([torch.zeros(1)])
+        group = optimizer.param_groups[0]
+        used = tuple(optimizer.uses(name, group) for name in optimizer.states)
+        found.setdefault((optimizer.kernel, used), case)
+    return list(found.values())
+
+
+def shifted(size, dtype):
+    """Numbers that begin one element after a multiple of 16 bytes."""
+    return torch.rand(size + 1, dtype=dtype)[1:]
+
+
+def parameters(dtype, grad_dtype):
+    """As the allocator lays them, all but the first also with an unaligned gradient, and themselves unaligned."""
+    params = []
+    for make, make_grad in ((torch.rand, torch.rand), (torch.rand, shifted), (shifted, torch.rand)):
+        for size in SIZES if make is make_grad else SIZES[1:]:
+            param = torch.nn.Parameter(make(size, dtype=dtype))
+            if grad_dtype != dtype:
+                param.grad_dtype = None
+            param.grad = make_grad(size, dtype=grad_dtype)
+            params.append(param)
+    return params
+
+
+def stepped_once(case, dtypes):
+    """An optimizer whose states are there, in their dtype."""
+    param_dtype, grad_dtype, state_dtype = DTYPES[dtypes]
+    params = parameters(param_dtype, grad_dtype)
+    optimizer = case.make(params, backend="triton")
+    optimizer.step()
+    for state in optimizer.state.values():
+        for name in set(optimizer.states) & state.keys():
+            state[name] = state[name].to(state_dtype)
+    return optimizer, params
+
+
+def states_of(optimizer):
+    return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize("case", distinct_cases(), ids=lambda case: case.id)
+def test_every_byte_once(traced_step, case, dtypes):
+    optimizer, params = stepped_once(case, dtypes)
+    written = [*params, *states_of(optimizer)]
+    trace = traced_step(optimizer)
+
+    total = trace.loads.widths.sum() + trace.stores.widths.sum()
+    assert all(trace.loads.take(tensor) for tensor in [*written, *(param.grad for param in params)])
+    assert all(trace.stores.take(tensor) for tensor in written)
+    tables = trace.loads.widths.sum() + trace.stores.widths.sum()
+    for table in trace.tables:
+        trace.loads.take(table)
+        trace.stores.take(table)
+    assert trace.loads.addresses.size == trace.stores.addresses.size == 0, "neither a stream nor a table"
+
+    tables += sum(2 * tensor.nbytes for tensor in states_of(optimizer) if tensor.dim() == 0)
+    print(f"{100 * tables / total:.2f} % of {total} bytes are tables and 0-d states")
+    assert tables < 0.02 * total
+
+
+def test_parameters_without_a_gradient_are_not_touched(traced_step):
+    optimizer, params = stepped_once(CASES[-1], "fp32")
+    params[0].grad = None
+    trace = traced_step(optimizer)
+    for tensor in (params[0], *optimizer.state[params[0]].values()):
+        for accesses in (trace.loads, trace.stores):
+            before = accesses.addresses.size
+            accesses.take(tensor)
+            assert accesses.addresses.size == before
