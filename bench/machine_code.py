@@ -89,6 +89,7 @@ class Report:
     instructions: float  # of the aligned loop, per element
     fast_instructions: float  # without those of rare values
     table_loads: int  # in the aligned loop
+    nan_dropping_maxima: int  # NVIDIA's fp32 maxima and minima that return the other operand for a NaN
 
 
 def kernels_of(cases: Iterable[Any]) -> list[Kernel]:
@@ -159,6 +160,7 @@ def report(kernel: Kernel, target: str) -> Report:
         local_bytes=code.local_bytes,
         shared_bytes=code.shared_bytes,
         barriers=barriers(code),
+        nan_dropping_maxima=len(re.findall(r"\bFMNMX3?(?!\S*\.NAN)", code.text)),
         loops=[
             {f"{access} {width}": n for (access, width), n in sorted(accesses(each).items())}
             for each in (loop, *others)
