@@ -65,7 +65,7 @@ class Actions:
 
     def new_gradient(self, draw):
         p, _ = self.pick(draw)
-        p.grad = lay(self.values(p), any_memory(draw, "lazy"))
+        p.grad = lay(self.values(p), any_memory(draw))
 
     def new_gradients(self, draw):
         for p, _ in self.pairs:
@@ -75,6 +75,11 @@ class Actions:
         p, _ = self.pick(draw)
         p.grad = None
         p.grad = self.values(p)
+
+    def lazy_gradients(self, draw):
+        """Gradients with the conjugate or the negative bit, as backward makes them."""
+        for p, _ in self.pairs:
+            p.grad = lay(self.values(p), "lazy")
 
     def expanded_gradient(self, draw):
         p, _ = self.pick(draw)
@@ -209,6 +214,13 @@ class Actions:
         for optimizer, p in zip((self.ours, self.theirs), self.new_pair(draw), strict=True):
             optimizer.add_param_group({"params": [p], **options})
 
+    def group_boundary_moved(self, draw):
+        """The parameters of all groups, one after the other, stay as they are."""
+        i = choose(draw, range(len(self.groups)))
+        for groups in (self.ours.param_groups, self.theirs.param_groups):
+            if i and len(groups[i - 1]["params"]) > 1:
+                groups[i]["params"].insert(0, groups[i - 1]["params"].pop())
+
     def groups_reversed(self, draw):
         self.ours.param_groups.reverse()
         self.theirs.param_groups.reverse()
@@ -223,21 +235,23 @@ class Actions:
             self.drop_states("grad_avg")
 
     def betas_edited_in_place(self, draw):
-        for group in choose(draw, self.groups):
+        groups = choose(draw, self.groups)
+        for group in groups:
             if "betas" in group:
                 group["betas"] = list(group["betas"])
+        self.step()
+        for group in groups:
+            if "betas" in group:
                 group["betas"][0] *= 0.9
 
     def tensor_lr(self, draw):
-        lr = draw(st.sampled_from(NUMBERS["lr"]))
-        for group in choose(draw, self.groups):
-            group["lr"] = torch.tensor(lr, dtype=torch.float64)  # with an fp32 one, torch rounds 1 - lr * weight_decay
-
-    def tensor_lr_filled(self, draw):
-        lr = draw(st.sampled_from(NUMBERS["lr"]))
-        for group in choose(draw, self.groups):
-            if isinstance(group["lr"], torch.Tensor):
-                group["lr"].fill_(lr)
+        before, after = (draw(st.sampled_from(NUMBERS["lr"])) for _ in range(2))
+        groups = choose(draw, self.groups)
+        for group in groups:
+            group["lr"] = torch.tensor(before, dtype=torch.float64)  # torch rounds 1 - lr * weight_decay to its dtype
+        self.step()
+        for group in groups:
+            group["lr"].fill_(after)
 
     def scheduled(self, draw):
         schedulers = [ExponentialLR(optimizer, 0.9) for optimizer in (self.ours, self.theirs)]

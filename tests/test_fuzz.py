@@ -191,7 +191,7 @@ def fuzz(case, backend, draw):
     with patch.object(fusedopt.optimizer, "_DEBUG", draw(st.booleans(), label="debug")):
         twins = Twins(case, backend, draw)
         for _ in range(draw(st.integers(1, 8), label="rounds")):
-            for _ in range(draw(st.integers(0, 3), label="actions")):
+            for _ in range(draw(st.integers(1, 3), label="actions")):
                 getattr(twins, draw(st.sampled_from(ACTIONS)))(draw)
             twins.step()
 

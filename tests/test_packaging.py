@@ -84,7 +84,8 @@ def test_sdist_contents_and_the_wheel_made_from_it(source, wheel, tmp_path):
     (sdist,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-        archive.extractall(tmp_path, filter="data")
+        safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # in older Pythons' later versions
+        archive.extractall(tmp_path, **safely)
     assert {f"kernels/{name}" for name in modules("kernels")} <= names
     assert {f"fusedopt/{name}" for name in modules("fusedopt")} | {
         "fusedopt/py.typed",
