@@ -38,6 +38,7 @@ class KernelStep:
         together: dict[tuple[int, torch.device], list[Item]] = {}
         for item, turn in zip(items, _turns(extents), strict=True):
             together.setdefault((turn, live.params[item.position].device), []).append(item)
+        self._on_cuda = any(device.type == "cuda" for _, device in together)
         n_scalars = count_scalars(type(optimizer), n_hyper)
         self._tables = [
             Tables(optimizer, together[turn, device], n_scalars, device)
@@ -75,7 +76,7 @@ class KernelStep:
 
     def run(self, live: Live, hyper: Hyper) -> None:
         """Step every parameter of the kernels that has a gradient."""
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if self._on_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("a step of fusedopt cannot be captured in a CUDA graph yet")
         for tables in self._tables:
             grads = [live.grads[position] for position in tables.positions]

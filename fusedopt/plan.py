@@ -91,6 +91,7 @@ class Plan:
             _settle_states(optimizer, entry, params[entry.index])
 
         self.uses = used_states(optimizer)
+        self._backend = optimizer.backend
         self._param_ids = list(map(id, params))
         self._group_sizes = [len(group["params"]) for group in optimizer.param_groups]
         self._state_ids = list(map(id, optimizer.state))
@@ -143,6 +144,7 @@ class Plan:
         """The tensors of this step if all of them are where and what the plan says, else None."""
         if (
             not self._watchable
+            or optimizer.backend != self._backend
             or list(map(id, _all_params(optimizer))) != self._param_ids
             or list(map(id, optimizer.state)) != self._state_ids
             or [len(group["params"]) for group in optimizer.param_groups] != self._group_sizes

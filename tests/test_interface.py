@@ -358,3 +358,14 @@ def test_version_counters_grow(name, backend):
     train(mine, range(1))
     with pytest.raises(RuntimeError, match=re.escape("modified by an inplace operation")):
         loss.backward()
+
+
+def test_another_backend_between_two_steps():
+    optimizer = fusedopt.Adam(make_params(), backend="triton")
+    train(optimizer, range(1))
+    optimizer.backend = "eager"
+    train(optimizer, range(1, 3))
+    expected = torch.optim.Adam(make_params(), foreach=False)
+    train(expected, range(3))
+    assert not any(entry.kernels for entry in optimizer._plan.entries)
+    assert_same(optimizer, expected)
