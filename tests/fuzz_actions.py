@@ -357,10 +357,6 @@ class Actions:
             p.grad = self.values(p)  # a copy has none
             q.data = q.data.clone()
 
-    def several_steps(self, draw):
-        for _ in range(draw(st.integers(1, 3))):
-            self.step()
-
     def step_with_closure(self, draw):
         def closure():
             self.new_gradients(draw)

@@ -22,8 +22,8 @@ import fusedopt
 # One dimension, none, size 1, no elements; (3, 3) can be transposed at its address; full vectors and a tail.
 SHAPES = [(3, 3), (3, 3), (4, 3), (2, 3, 2, 2), (17,), (), (1, 5), (0, 2)]
 DTYPES = [torch.float64, torch.float64, torch.float32, torch.complex128]
-# Of the largest element. fp64 decides; the twin of 16 bits is fp32, which leaves one rounding.
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+# Of the largest element. fp64 decides; the twin of 16 bits is fp32, which leaves a few roundings.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 EXACT = {"step", "momentum_begun"}
 
 EXAMPLES = int(os.environ.get("FUSEDOPT_FUZZ_EXAMPLES", "0"))  # of each case; 0 = always the same few
@@ -190,10 +190,11 @@ def fuzz(case, backend, draw):
     # In debug mode no plan is used twice, so half of the examples go without.
     with patch.object(fusedopt.optimizer, "_DEBUG", draw(st.booleans(), label="debug")):
         twins = Twins(case, backend, draw)
-        for _ in range(draw(st.integers(1, 8), label="rounds")):
+        for _ in range(draw(st.integers(1, 6), label="rounds")):
             for _ in range(draw(st.integers(1, 3), label="actions")):
                 getattr(twins, draw(st.sampled_from(ACTIONS)))(draw)
-            twins.step()
+            for _ in range(draw(st.integers(1, 3), label="steps")):
+                twins.step()
 
 
 IN_TORCH = [case for case in CASES if case.in_torch]
