@@ -115,7 +115,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Raise unless a step can use a sparse gradient."""
         raise RuntimeError(f"{type(self).__name__} does not support sparse gradients ({name} has one)")
 
-    @torch._disable_dynamo  # torch.compiler.disable would import dynamo and Triton as soon as fusedopt is imported
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Update every parameter that has a gradient.
 
@@ -125,6 +124,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: a gradient or state does not fit its parameter. Nothing has been written then.
         """
+        return _untraced(self._run, closure) if torch.compiler.is_compiling() else self._run(closure)
+
+    def _run(self, closure: Callable[[], Any] | None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -211,6 +213,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         runs = "eager" if kernels == 0 else "triton" if kernels == total else f"triton for {kernels} of {total}"
         head, _, rest = super().__repr__().partition("\n")
         return f"{head}\nbackend: {runs} ({self.backend!r} asked for)\n{rest}"
+
+
+@torch._disable_dynamo  # torch.compiler.disable would import dynamo and Triton as soon as fusedopt is imported
+def _untraced(function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)
 
 
 _DEBUG = os.environ.get("FUSEDOPT_DEBUG", "0") not in ("", "0")
