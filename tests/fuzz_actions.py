@@ -111,7 +111,7 @@ class Actions:
     def zero_grad(self, draw):
         for p, _ in self.pairs:
             if p.grad is not None and 0 in p.grad.stride():
-                p.grad = lay(p.grad)
+                p.grad = lay(p.grad).to(p.dtype)
         self.ours.zero_grad(set_to_none=draw(st.booleans()))
 
     def requires_grad(self, draw):
@@ -218,8 +218,9 @@ class Actions:
         """The parameters of all groups, one after the other, stay as they are."""
         i = choose(draw, range(len(self.groups)))
         for groups in (self.ours.param_groups, self.theirs.param_groups):
-            if i and len(groups[i - 1]["params"]) > 1:
-                groups[i]["params"].insert(0, groups[i - 1]["params"].pop())
+            before, after = groups[i - 1]["params"], groups[i]["params"]
+            if i and len(before) > 1 and not any(p is before[-1] for p in before[:-1]):
+                after.insert(0, before.pop())
 
     def groups_reversed(self, draw):
         self.ours.param_groups.reverse()
