@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .checks import check_lr, check_not_negative
 from .optimizer import FusedOptimizer, Scalars, States
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .precision import CommonOptions
 
 
 class Adadelta(FusedOptimizer):
@@ -34,7 +41,7 @@ class Adadelta(FusedOptimizer):
         capturable: stored for the sake of torch.
         maximize: negate the gradient first.
         differentiable: must be false.
-        backend: see `FusedOptimizer`.
+        **common: what every optimizer takes, ``backend`` and those for low precision: see `FusedOptimizer`.
 
     State:
         ``step`` (0-d), ``square_avg`` :math:`s` and ``acc_delta`` :math:`\Delta`, each of the parameter's shape and
@@ -61,7 +68,7 @@ class Adadelta(FusedOptimizer):
         capturable: bool = False,
         maximize: bool = False,
         differentiable: bool = False,
-        backend: str = "auto",
+        **common: Unpack[CommonOptions],
     ) -> None:
         check_lr(lr)
         if not 0.0 <= rho <= 1.0:
@@ -77,7 +84,7 @@ class Adadelta(FusedOptimizer):
             "foreach": foreach,
             "differentiable": differentiable,
         }
-        super().__init__(params, defaults, backend=backend)
+        super().__init__(params, defaults, **common)
 
     @staticmethod
     def scalars(hyper: Scalars, scalar_states: Scalars) -> tuple[Scalars, Scalars]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,6 +11,12 @@ from torch.optim.optimizer import ParamsT
 from .checks import check_lr, check_not_negative
 from .layout import scalar_dtype
 from .optimizer import FusedOptimizer, Group, Scalars, States
+from .precision import state_dtype
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .precision import CommonOptions
 
 
 class Adagrad(FusedOptimizer):
@@ -39,7 +45,7 @@ class Adagrad(FusedOptimizer):
         differentiable: must be false.
         fused: False is ``backend="eager"``; None and True leave the choice to `backend`.
         eps_in_sqrt: the book's form, :math:`\sqrt{s + \epsilon}` in place of :math:`\sqrt{s} + \epsilon`.
-        backend: see `FusedOptimizer`.
+        **common: what every optimizer takes, ``backend`` and those for low precision: see `FusedOptimizer`.
 
     State:
         ``step`` (0-d) and ``sum`` :math:`s`, of the parameter's shape and dtype; both there from the start.
@@ -68,7 +74,7 @@ class Adagrad(FusedOptimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         eps_in_sqrt: bool = False,
-        backend: str = "auto",
+        **common: Unpack[CommonOptions],
     ) -> None:
         check_lr(lr)
         check_not_negative(
@@ -89,17 +95,19 @@ class Adagrad(FusedOptimizer):
             "fused": fused,
             "eps_in_sqrt": eps_in_sqrt,
         }
-        super().__init__(params, defaults, backend=backend)
+        super().__init__(params, defaults, **common)
         for group in self.param_groups:
             for param in group["params"]:
-                self.init_state(param, self.state[param], group)
+                self.create_states(param, self.state[param], group)
 
     def init_state(self, param: Tensor, state: dict[str, Any], group: Group) -> None:
         value = self.defaults["initial_accumulator_value"]
         state.setdefault("step", torch.tensor(0.0, dtype=scalar_dtype()))
         if state.get("sum") is None:
             fill = complex(value, value) if param.is_complex() else value
-            state["sum"] = torch.full_like(param, fill, memory_format=torch.preserve_format)
+            state["sum"] = torch.full_like(
+                param, fill, dtype=state_dtype(param, group), memory_format=torch.preserve_format
+            )
 
     def share_memory(self) -> None:
         """Move every ``sum`` to shared memory, for training by several processes."""

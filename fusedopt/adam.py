@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -10,6 +10,11 @@ from torch.optim.optimizer import ParamsT
 
 from .checks import check_betas, check_lr, check_not_negative
 from .optimizer import FusedOptimizer, Group, Scalars, States
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .precision import CommonOptions
 
 
 class Adam(FusedOptimizer):
@@ -41,7 +46,7 @@ class Adam(FusedOptimizer):
         fused: False is ``backend="eager"``; None and True leave the choice to `backend`.
         decoupled_weight_decay: :math:`\theta \leftarrow (1 - \eta\lambda)\theta` before the update, in place of the
             first line.
-        backend: see `FusedOptimizer`.
+        **common: what every optimizer takes, ``backend`` and those for low precision: see `FusedOptimizer`.
 
     State:
         ``step`` (0-d), ``exp_avg`` :math:`m`, ``exp_avg_sq`` :math:`v` and, with `amsgrad`, ``max_exp_avg_sq``, each of
@@ -72,7 +77,7 @@ class Adam(FusedOptimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
-        backend: str = "auto",
+        **common: Unpack[CommonOptions],
     ) -> None:
         if isinstance(lr, Tensor) and foreach and not capturable:
             raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True")
@@ -101,7 +106,7 @@ class Adam(FusedOptimizer):
             "fused": fused,
             "decoupled_weight_decay": decoupled_weight_decay,
         }
-        super().__init__(params, defaults, backend=backend)
+        super().__init__(params, defaults, **common)
 
     def uses(self, name: str, group: Group) -> bool:
         return name != "max_exp_avg_sq" or group["amsgrad"]
@@ -165,7 +170,7 @@ class AdamW(Adam):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        backend: str = "auto",
+        **common: Unpack[CommonOptions],
     ) -> None:
         super().__init__(
             params,
@@ -180,7 +185,7 @@ class AdamW(Adam):
             differentiable=differentiable,
             fused=fused,
             decoupled_weight_decay=True,
-            backend=backend,
+            **common,
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .checks import check_betas, check_lr, check_not_negative
 from .optimizer import FusedOptimizer, Scalars, States
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .precision import CommonOptions
 
 
 class Adamax(FusedOptimizer):
@@ -33,7 +40,7 @@ class Adamax(FusedOptimizer):
         maximize: negate the gradient first.
         differentiable: must be false.
         capturable: stored for the sake of torch.
-        backend: see `FusedOptimizer`.
+        **common: what every optimizer takes, ``backend`` and those for low precision: see `FusedOptimizer`.
 
     State:
         ``step`` (0-d), ``exp_avg`` :math:`m` and ``exp_inf`` :math:`u`, each of the parameter's shape and dtype.
@@ -59,7 +66,7 @@ class Adamax(FusedOptimizer):
         maximize: bool = False,
         differentiable: bool = False,
         capturable: bool = False,
-        backend: str = "auto",
+        **common: Unpack[CommonOptions],
     ) -> None:
         check_lr(lr)
         check_not_negative(epsilon=eps)
@@ -75,7 +82,7 @@ class Adamax(FusedOptimizer):
             "differentiable": differentiable,
             "capturable": capturable,
         }
-        super().__init__(params, defaults, backend=backend)
+        super().__init__(params, defaults, **common)
 
     @staticmethod
     def scalars(hyper: Scalars, scalar_states: Scalars) -> tuple[Scalars, Scalars]:

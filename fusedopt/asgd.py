@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,6 +11,11 @@ from torch.optim.optimizer import ParamsT
 from .checks import check_lr, check_not_negative
 from .layout import scalar_dtype
 from .optimizer import FusedOptimizer, Group, Scalars, States
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .precision import CommonOptions
 
 
 class ASGD(FusedOptimizer):
@@ -38,7 +43,7 @@ class ASGD(FusedOptimizer):
         maximize: negate the gradient first.
         differentiable: must be false.
         capturable: stored for the sake of torch.
-        backend: see `FusedOptimizer`.
+        **common: what every optimizer takes, ``backend`` and those for low precision: see `FusedOptimizer`.
 
     State:
         ``step``, ``eta`` :math:`\eta` and ``mu`` :math:`\mu` (0-d), and ``ax`` :math:`\bar\theta`, of the parameter's
@@ -65,8 +70,7 @@ class ASGD(FusedOptimizer):
         maximize: bool = False,
         differentiable: bool = False,
         capturable: bool = False,
-        *,
-        backend: str = "auto",
+        **common: Unpack[CommonOptions],
     ) -> None:
         check_lr(lr)
         check_not_negative(weight_decay=weight_decay)
@@ -81,7 +85,7 @@ class ASGD(FusedOptimizer):
             "differentiable": differentiable,
             "capturable": capturable,
         }
-        super().__init__(params, defaults, backend=backend)
+        super().__init__(params, defaults, **common)
 
     def init_state(self, param: Tensor, state: dict[str, Any], group: Group) -> None:
         lr = group["lr"]

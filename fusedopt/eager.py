@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import layout
+from . import layout, rounding
 from .hyper import Number
+from .precision import KAHAN_COMP, MASTER_PARAM
 
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer, Scalars
@@ -24,11 +25,10 @@ def step(optimizer: FusedOptimizer, entries: Sequence[Entry], live: Live, hyper:
         if grad is None or entry.kernels:
             continue
         scalars = advance(entry, row) if entry.scalar_names else advance.without_states(entry.group)
-        states = entry.pick_states(row)
         if entry.plain:
-            reference(param, grad, states, scalars)
+            reference(param, grad, entry.pick_states(row), scalars)
         else:
-            _widened(optimizer, param, grad, states, scalars)
+            _widened(optimizer, entry, param, grad, row, scalars)
 
 
 class _Scalars:
@@ -60,17 +60,51 @@ class _Scalars:
         return self._without[group]
 
 
-def _widened(
-    optimizer: FusedOptimizer, param: Tensor, grad: Tensor, states: Sequence[Tensor | None], scalars: Scalars
-) -> None:
+def _widened(optimizer: FusedOptimizer, entry: Entry, param: Tensor, grad: Tensor, row: Row, scalars: Scalars) -> None:
     """Convert what is stored in another dtype to that of the arithmetic, and round once when it is stored again."""
     dtype = layout.compute_dtype(param)
-    stored = [param, *states]
-    working: list[Any] = [None if tensor is None else _widen(tensor, dtype) for tensor in stored]
-    optimizer.reference(working[0], _widen(grad, dtype), working[1:], scalars)
-    for tensor, work in zip(stored, working, strict=True):
-        if tensor is not None:
-            _narrow(tensor, work)
+    stored: Sequence[Any] = entry.pick_states(row)
+    work = _widen(param, dtype)
+    states: Sequence[Any] = [None if state is None else _widen(state, dtype) for state in stored]
+    kept: Any = row[-1] if entry.kept else None
+    stored_dtype = layout.real_dtype(param.dtype)
+    if entry.kept == MASTER_PARAM:
+        work = rounding.with_master(work, _widen(kept, dtype), stored_dtype)
+    elif entry.kept == KAHAN_COMP:
+        work = rounding.with_compensation(work, _widen(kept, dtype), stored_dtype)
+    optimizer.reference(work, _widen(grad, dtype), states, scalars)
+    if entry.kept == MASTER_PARAM:
+        _narrow(kept, work)
+    elif entry.kept == KAHAN_COMP:
+        _narrow(kept, work - rounding.nearest(work, stored_dtype))
+
+    round_ = _Rounding(entry, param, row)
+    _narrow(param, work if entry.kept else round_(work, stored_dtype, 0))
+    for stream, (state, value) in enumerate(zip(stored, states, strict=True), start=1):
+        if state is not None:
+            _narrow(state, round_(value, layout.real_dtype(state.dtype), stream))
+
+
+class _Rounding:
+    """Rounds the values of one parameter and step at random, if its group asks for that."""
+
+    def __init__(self, entry: Entry, param: Tensor, row: Row) -> None:
+        self._seed, self._tensor = entry.seed, entry.index
+        if entry.seed is None:
+            return
+        rounding_step = row[len(entry.scalar_names) - 1].add_(1)
+        self._step = int(rounding_step)
+        # The random numbers follow the elements in the order in which they lie.
+        self._stride = layout.dense_stride(param)
+        if param.is_complex():
+            self._stride = (*(2 * stride for stride in self._stride), 1)
+
+    def __call__(self, value: Tensor, dtype: torch.dtype, stream: int) -> Tensor:
+        """The value as `dtype` can hold it, where that has 16 bits."""
+        if self._seed is None or dtype.itemsize != 2:
+            return value
+        random = rounding.random_bits(self._seed, self._tensor, self._step, stream, value.numel(), value.device)
+        return rounding.stochastic(value.float(), dtype, random.as_strided(value.shape, self._stride))
 
 
 def _widen(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -5,6 +5,7 @@ from itertools import chain
 from operator import is_, itemgetter
 from typing import Any
 
+import torch
 from torch import Tensor
 
 Group = dict[str, Any]
@@ -69,7 +70,9 @@ def is_number(value: Any) -> bool:
 
 def _immutable(value: Any) -> bool:
     return (
-        value is None or isinstance(value, (bool, int, float)) or (type(value) is tuple and all(map(_immutable, value)))
+        value is None
+        or isinstance(value, (bool, int, float, str, torch.dtype))
+        or (type(value) is tuple and all(map(_immutable, value)))
     )
 
 

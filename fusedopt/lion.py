@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .checks import check_betas, check_lr, check_not_negative
 from .optimizer import FusedOptimizer, Scalars, States
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .precision import CommonOptions
 
 
 class Lion(FusedOptimizer):
@@ -32,7 +39,7 @@ class Lion(FusedOptimizer):
         capturable: stored for the sake of torch.
         differentiable: must be false.
         fused: False is ``backend="eager"``; None and True leave the choice to `backend`.
-        backend: see `FusedOptimizer`.
+        **common: what every optimizer takes, ``backend`` and those for low precision: see `FusedOptimizer`.
 
     State:
         ``exp_avg`` :math:`m`, of the parameter's shape and dtype.
@@ -58,7 +65,7 @@ class Lion(FusedOptimizer):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        backend: str = "auto",
+        **common: Unpack[CommonOptions],
     ) -> None:
         check_lr(lr)
         check_betas(betas)
@@ -73,7 +80,7 @@ class Lion(FusedOptimizer):
             "differentiable": differentiable,
             "fused": fused,
         }
-        super().__init__(params, defaults, backend=backend)
+        super().__init__(params, defaults, **common)
 
     @staticmethod
     def scalars(hyper: Scalars, scalar_states: Scalars) -> tuple[Scalars, Scalars]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import layout
 from .declaration import count_scalars
+from .precision import ROUNDING_STEP
 from .tables import Item, Signature, Tables, number_address
 
 if TYPE_CHECKING:
@@ -54,20 +55,25 @@ class KernelStep:
         if not entry.grad_lies_as(stride):
             self._grad_strides[position] = stride
         named = dict(zip(entry.names, row, strict=True))
-        scalar_states = [named.get(name) for name in optimizer.scalar_states]
+        scalar_states = [named.get(name) for name in (*optimizer.scalar_states, ROUNDING_STEP)]
         states = [named.get(name) for name in optimizer.states]
+        kept = None if entry.kept is None else named[entry.kept]
         signature = Signature(
             layout.real_dtype(param.dtype),
             layout.real_dtype(entry.grad_dtype),
             tuple(None if state is None else layout.real_dtype(state.dtype) for state in states),
+            entry.kept,
+            entry.seed is not None,
         )
         return Item(
-            position,
-            entry.group,
-            signature,
-            param.numel() * (2 if param.is_complex() else 1),
-            tuple(0 if tensor is None else tensor.data_ptr() for tensor in (memory, *states)),
-            tuple(map(number_address, scalar_states)),
+            position=position,
+            group=entry.group,
+            signature=signature,
+            numel=param.numel() * (2 if param.is_complex() else 1),
+            tensor=entry.index,
+            seed=int(np.uint64(entry.seed or 0).view(np.int64)),
+            addresses=tuple(0 if tensor is None else tensor.data_ptr() for tensor in (memory, *states, kept)),
+            scalar_addresses=tuple(map(number_address, scalar_states)),
         )
 
     def is_current(self) -> bool:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .checks import check_betas, check_lr, check_not_negative
 from .optimizer import FusedOptimizer, Group, Scalars, States
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .precision import CommonOptions
 
 
 class NAdam(FusedOptimizer):
@@ -39,7 +44,7 @@ class NAdam(FusedOptimizer):
         maximize: negate the gradient first.
         capturable: stored for the sake of torch.
         differentiable: must be false.
-        backend: see `FusedOptimizer`.
+        **common: what every optimizer takes, ``backend`` and those for low precision: see `FusedOptimizer`.
 
     State:
         ``step`` and ``mu_product`` :math:`\Pi` (0-d), ``exp_avg`` :math:`m` and ``exp_avg_sq`` :math:`v`, each of the
@@ -76,7 +81,7 @@ class NAdam(FusedOptimizer):
         maximize: bool = False,
         capturable: bool = False,
         differentiable: bool = False,
-        backend: str = "auto",
+        **common: Unpack[CommonOptions],
     ) -> None:
         check_lr(lr)
         check_not_negative(epsilon=eps)
@@ -94,7 +99,7 @@ class NAdam(FusedOptimizer):
             "capturable": capturable,
             "differentiable": differentiable,
         }
-        super().__init__(params, defaults, backend=backend)
+        super().__init__(params, defaults, **common)
 
     def init_state(self, param: Tensor, state: dict[str, Any], group: Group) -> None:
         state.setdefault("mu_product", 1.0)

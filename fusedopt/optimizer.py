@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from . import precision
 from .backend import BACKENDS, triton_is_installed, why_no_kernels
 from .declaration import check_declaration
 from .hyper import Hyper, is_number
 from .layout import scalar_dtype
 from .plan import Plan, used_states
+from .precision import state_dtype
 
 Group: TypeAlias = dict[str, Any]
 Scalars: TypeAlias = tuple[float, ...]
@@ -42,10 +44,26 @@ class FusedOptimizer(torch.optim.Optimizer):
             all others; ``"eager"`` always runs the reference; ``"triton"`` always runs the kernels, for tensors
             on the CPU in Triton's interpreter, which ``TRITON_INTERPRET=1`` must have turned on. Not part of the
             ``state_dict``.
+        state_dtype: the dtype in which states are created, fp32, bf16 or fp16; None means the parameter's. States that
+            are there, or loaded, keep theirs. All arithmetic is in fp32 (fp64 for fp64 parameters).
+        master_weights: keep an fp32 copy of each 16-bit parameter, which is updated; the parameter is its rounding.
+            Where the parameter is not (somebody has written it since), the parameter counts.
+        kahan: keep what rounding a 16-bit parameter lost, and add it at the next step.
+        rounding: ``"nearest"``, or ``"stochastic"`` for 16-bit states and for 16-bit parameters of which neither
+            `master_weights` nor `kahan` keeps more: up or down, with the probabilities that make the mean right.
+        seed: of stochastic rounding, in :math:`[0, 2^{64})`. The random numbers are a function of the seed, the place
+            of the parameter among all of the optimizer's, the number of its steps, the state and the element.
+
+    The last five are keys of the param groups and may differ between them.
+
+    State:
+        Beside those of the class, ``master_param`` (fp32) or ``kahan_comp`` (of the parameter's dtype) for 16-bit
+        parameters, and ``rounding_step`` (0-d), which counts the steps of stochastic rounding.
 
     Raises:
-        TypeError: the class does not declare what is asked for above, or its parts disagree.
-        ValueError: unknown backend; ``backend="triton"`` for a parameter that the kernels cannot step.
+        TypeError: the class does not declare what is asked for above, or its parts disagree; `seed` is no int.
+        ValueError: unknown backend; ``backend="triton"`` for a parameter that the kernels cannot step; options for low
+            precision that are unknown, exclude each other, or have nothing to act on.
         RuntimeError: ``differentiable=True``; ``fused`` and ``foreach`` both true; ``backend="triton"`` without Triton.
     """
 
@@ -60,7 +78,18 @@ class FusedOptimizer(torch.optim.Optimizer):
     _plan: Plan | None = None
     _hyper: Hyper | None = None
 
-    def __init__(self, params: ParamsT, defaults: Group, *, backend: str = "auto") -> None:
+    def __init__(
+        self,
+        params: ParamsT,
+        defaults: Group,
+        *,
+        backend: str = "auto",
+        state_dtype: torch.dtype | None = None,
+        master_weights: bool = False,
+        kahan: bool = False,
+        rounding: str = "nearest",
+        seed: int = 0,
+    ) -> None:
         if backend not in BACKENDS:
             raise ValueError(f"Invalid backend: {backend!r}, choose one of {', '.join(map(repr, BACKENDS))}")
         if backend == "triton" and not triton_is_installed():
@@ -69,7 +98,15 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise ValueError("fused=False asks for the reference, backend='triton' for the kernels: choose one")
         check_declaration(type(self), FusedOptimizer, defaults)
         self.backend = backend
-        super().__init__(params, defaults)
+        low_precision = {
+            "state_dtype": state_dtype,
+            "master_weights": master_weights,
+            "kahan": kahan,
+            "rounding": rounding,
+            "seed": seed,
+        }
+        super().__init__(params, {**defaults, **low_precision})
+        precision.check_effect(self)
 
     @staticmethod
     def scalars(hyper: Scalars, scalar_states: Scalars) -> tuple[Scalars, Scalars]:
@@ -104,12 +141,26 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def init_state(self, param: Tensor, state: dict[str, Any], group: Group) -> None:
         """Create the states that a parameter lacks: 0 for each number, zeros for each tensor."""
+        dtype = state_dtype(param, group)
         for name in self.scalar_states:
             if self.uses(name, group):
                 state.setdefault(name, 0.0)
         for name in self.states:
             if self.uses(name, group) and state.get(name) is None:
-                state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
+                state[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+
+    def create_states(self, param: Tensor, state: dict[str, Any], group: Group) -> None:
+        """Create the states that a parameter lacks, in the dtypes that its group asks for."""
+        missing = [name for name in self.states if state.get(name) is None]
+        self.init_state(param, state, group)
+        # A subclass may not have asked for their dtype.
+        dtype = state_dtype(param, group)
+        state.update({name: state[name].to(dtype) for name in missing if state.get(name) is not None})
+        kept = precision.kept_state(param, group)
+        if kept is not None and state.get(kept) is None:
+            state[kept] = precision.new_kept_state(kept, param)
+        if group["rounding"] == "stochastic":
+            state.setdefault(precision.ROUNDING_STEP, torch.tensor(0.0, dtype=scalar_dtype()))
 
     def check_sparse(self, group: Group, name: str) -> None:
         """Raise unless a step can use a sparse gradient."""
@@ -138,7 +189,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _step(self) -> None:
         plan = self._plan
         if self._hyper is None:
-            self._hyper = Hyper(self.hyperparameters, self.options, self.defaults)
+            self._hyper = Hyper(self.hyperparameters, (*self.options, *precision.DEFAULTS), self.defaults)
         hyper_changed = self._hyper.refresh(self.param_groups)
         if plan is not None and hyper_changed and used_states(self) != plan.uses:
             plan = None
@@ -169,6 +220,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise RuntimeError(f"{type(self).__name__} does not support `differentiable`: its step is not traced")
         if group.get("fused") and group.get("foreach"):
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+        precision.check_group(group, index)
         for position, param in enumerate(group["params"] if self.backend == "triton" else ()):
             why = why_no_kernels(param, interpreted=True)
             if why is not None:
@@ -199,7 +251,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         self._plan = self._hyper = None
         for group in self.param_groups:
-            for key, default in self.defaults.items():
+            for key, default in {**precision.DEFAULTS, **self.defaults}.items():
                 group.setdefault(key, default)
 
     def __repr__(self) -> str:
@@ -248,9 +300,10 @@ def _shield(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dic
 
 
 def _unshield(key: str, value: Any, device: torch.device | None, optimizer: FusedOptimizer) -> Any:
+    scalar_states = (*optimizer.scalar_states, precision.ROUNDING_STEP)
     if not isinstance(value, _Shielded):
-        number = key in optimizer.scalar_states and is_number(value)
+        number = key in scalar_states and is_number(value)
         return torch.tensor(float(value), dtype=scalar_dtype()) if number else value
-    if key in optimizer.scalar_states or device is None:
+    if key in scalar_states or device is None:
         return value.tensor.clone()  # the step brings it where its backend reads it
     return value.tensor.to(device, copy=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from . import eager, layout
+from . import eager, layout, precision
 from .backend import use_kernels, why_no_kernels
 from .hyper import Hyper, is_number
 from .multi_tensor import KernelStep
@@ -32,12 +32,14 @@ Row = tuple[Tensor, ...]
 class Entry:
     """One parameter of a plan. Holds no tensor: a strong reference would defeat offloading and `swap_tensors`."""
 
-    index: int
+    index: int  # among the parameters of all groups
     group: int
     name: str
     kernels: bool
-    scalar_names: tuple[str, ...]
-    state_names: tuple[str, ...]
+    scalar_names: tuple[str, ...]  # the last one is the rounding step, if there is a seed
+    state_names: tuple[str, ...]  # the last one is `kept`, if there is one
+    kept: str | None  # the state that holds what rounding the parameter loses
+    seed: int | None  # of stochastic rounding
     scalar_slots: tuple[int, ...]  # where in a row each of the optimizer's scalar states is, -1 = left out
     pick_states: Callable[[Row], Sequence[Tensor | None]] = field(compare=False)  # from a row, None for absent ones
     grad_meta: tuple[Any, ...] | None
@@ -77,6 +79,8 @@ class Plan:
     """The entries of an optimizer and how to see that they are what they were."""
 
     def __init__(self, optimizer: FusedOptimizer, hyper: Hyper, previous: Plan | None) -> None:
+        for index, group in enumerate(optimizer.param_groups):
+            precision.check_group(group, index)
         params = _all_params(optimizer)
         known = previous.grad_metas() if previous is not None else {}
         self.entries: list[Entry] = []
@@ -186,11 +190,15 @@ class Plan:
         return True
 
 
-def used_states(optimizer: FusedOptimizer) -> list[tuple[bool, ...]]:
-    """For each group: whether it may use the kernels, and which states its options call for."""
+def used_states(optimizer: FusedOptimizer) -> list[tuple[Any, ...]]:
+    """For each group: whether it may use the kernels, which states its options call for, how they are stored."""
     names = (*optimizer.scalar_states, *optimizer.states)
     return [
-        (group.get("fused") is not False, *(optimizer.uses(name, group) for name in names))
+        (
+            group.get("fused") is not False,
+            *(optimizer.uses(name, group) for name in names),
+            *(group[name] for name in precision.DEFAULTS),
+        )
         for group in optimizer.param_groups
     ]
 
@@ -214,7 +222,7 @@ def _state_picker(
 ) -> Callable[[Row], Sequence[Tensor | None]]:
     """How to get the states that `reference` expects out of a row, which begins with scalar states."""
     if len(names) == len(all_names):
-        return itemgetter(slice(n_scalars, None))
+        return itemgetter(slice(n_scalars, n_scalars + len(names)))
     if not names:
         return lambda row: [None] * len(all_names)
     pick = _tuple_getter([n_scalars + names.index(name) if name in names else -1 for name in all_names])
@@ -225,11 +233,14 @@ def _entries(optimizer: FusedOptimizer, known: dict[int, tuple[Any, ...] | None]
     entries: list[Entry] = []
     index = 0
     for group_index, group in enumerate(optimizer.param_groups):
+        seed = group["seed"] if group["rounding"] == "stochastic" else None
         scalar_names = tuple(name for name in optimizer.scalar_states if optimizer.uses(name, group))
-        state_names = tuple(name for name in optimizer.states if optimizer.uses(name, group))
         scalar_slots = tuple(
             scalar_names.index(name) if name in scalar_names else -1 for name in optimizer.scalar_states
         )
+        if seed is not None:
+            scalar_names += (precision.ROUNDING_STEP,)
+        state_names = tuple(name for name in optimizer.states if optimizer.uses(name, group))
         pick_states = _state_picker(optimizer.states, state_names, len(scalar_names))
         for position, param in enumerate(group["params"]):
             name = f"parameter {position} of group {group_index}"
@@ -242,6 +253,7 @@ def _entries(optimizer: FusedOptimizer, known: dict[int, tuple[Any, ...] | None]
             if grad is None and grad_meta is not None and grad_meta[4] != torch.strided:
                 grad_meta = None  # a sparse gradient says nothing about the next one
             kernels = use_kernels(optimizer.backend, group, param) and (grad is None or not grad.is_sparse)
+            kept = precision.kept_state(param, group)
             entries.append(
                 Entry(
                     index=index,
@@ -249,7 +261,9 @@ def _entries(optimizer: FusedOptimizer, known: dict[int, tuple[Any, ...] | None]
                     name=name,
                     kernels=kernels,
                     scalar_names=scalar_names,
-                    state_names=state_names,
+                    state_names=state_names if kept is None else (*state_names, kept),
+                    kept=kept,
+                    seed=seed,
                     scalar_slots=scalar_slots,
                     pick_states=pick_states,
                     grad_meta=grad_meta,
@@ -266,6 +280,10 @@ def _check(optimizer: FusedOptimizer, entry: Entry, param: Tensor) -> None:
     name = entry.name
     if grad.layout != torch.strided:
         optimizer.check_sparse(optimizer.param_groups[entry.group], name)
+        if entry.seed is not None:
+            raise RuntimeError(f"rounding='stochastic' does not support sparse gradients ({name} has one)")
+    if entry.seed is not None and type(param).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        raise RuntimeError(f"rounding='stochastic' does not support {name}: it is a {type(param).__name__}")
     if grad.device != param.device:
         raise RuntimeError(f"{name} is on {param.device}, but its gradient is on {grad.device}")
     if grad.shape != param.shape:
@@ -328,9 +346,11 @@ def _settle_states(optimizer: FusedOptimizer, entry: Entry, param: Tensor) -> No
     group = optimizer.param_groups[entry.group]
     state = optimizer.state[param]
     if any(state.get(name) is None for name in entry.names):
-        optimizer.init_state(param, state, group)
+        optimizer.create_states(param, state, group)
     for name in entry.scalar_names:
         state[name] = _settled_scalar(state[name], param, entry.kernels)
+    if entry.kept is not None:
+        state[entry.kept] = state[entry.kept].to(precision.kept_dtype(entry.kept, param.dtype))
     for name in entry.state_names:
         state[name] = _settled_state(state[name], param, entry.kernels)
 

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .checks import check_betas, check_lr, check_not_negative
 from .optimizer import FusedOptimizer, Scalars, States
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .precision import CommonOptions
 
 
 class RAdam(FusedOptimizer):
@@ -38,7 +45,7 @@ class RAdam(FusedOptimizer):
         maximize: negate the gradient first.
         capturable: stored for the sake of torch.
         differentiable: must be false.
-        backend: see `FusedOptimizer`.
+        **common: what every optimizer takes, ``backend`` and those for low precision: see `FusedOptimizer`.
 
     State:
         ``step`` (0-d), ``exp_avg`` :math:`m` and ``exp_avg_sq`` :math:`v`, each of the parameter's shape and dtype.
@@ -65,7 +72,7 @@ class RAdam(FusedOptimizer):
         maximize: bool = False,
         capturable: bool = False,
         differentiable: bool = False,
-        backend: str = "auto",
+        **common: Unpack[CommonOptions],
     ) -> None:
         check_lr(lr)
         check_not_negative(epsilon=eps)
@@ -82,7 +89,7 @@ class RAdam(FusedOptimizer):
             "decoupled_weight_decay": decoupled_weight_decay,
             "differentiable": differentiable,
         }
-        super().__init__(params, defaults, backend=backend)
+        super().__init__(params, defaults, **common)
 
     @staticmethod
     def scalars(hyper: Scalars, scalar_states: Scalars) -> tuple[Scalars, Scalars]:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .checks import check_lr, check_not_negative
 from .optimizer import FusedOptimizer, Group, Scalars, States
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .precision import CommonOptions
 
 
 class RMSprop(FusedOptimizer):
@@ -41,7 +48,7 @@ class RMSprop(FusedOptimizer):
         maximize: negate the gradient first.
         differentiable: must be false.
         eps_in_sqrt: the book's form, :math:`\sqrt{v + \epsilon}` in place of :math:`\sqrt{v} + \epsilon`.
-        backend: see `FusedOptimizer`.
+        **common: what every optimizer takes, ``backend`` and those for low precision: see `FusedOptimizer`.
 
     State:
         ``step`` (0-d), ``square_avg`` :math:`v`, ``momentum_buffer`` :math:`b` if there is a momentum and ``grad_avg``
@@ -72,7 +79,7 @@ class RMSprop(FusedOptimizer):
         differentiable: bool = False,
         *,
         eps_in_sqrt: bool = False,
-        backend: str = "auto",
+        **common: Unpack[CommonOptions],
     ) -> None:
         check_lr(lr)
         check_not_negative(epsilon=eps, momentum=momentum, weight_decay=weight_decay, alpha=alpha)
@@ -89,7 +96,7 @@ class RMSprop(FusedOptimizer):
             "differentiable": differentiable,
             "eps_in_sqrt": eps_in_sqrt,
         }
-        super().__init__(params, defaults, backend=backend)
+        super().__init__(params, defaults, **common)
 
     def uses(self, name: str, group: Group) -> bool:
         if name == "momentum_buffer":

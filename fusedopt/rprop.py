@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -10,6 +10,12 @@ from torch.optim.optimizer import ParamsT
 
 from .checks import check_lr
 from .optimizer import FusedOptimizer, Group, Scalars, States
+from .precision import state_dtype
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .precision import CommonOptions
 
 
 class Rprop(FusedOptimizer):
@@ -36,7 +42,7 @@ class Rprop(FusedOptimizer):
         foreach: accepted and without effect.
         maximize: negate the gradient first.
         differentiable: must be false.
-        backend: see `FusedOptimizer`.
+        **common: what every optimizer takes, ``backend`` and those for low precision: see `FusedOptimizer`.
 
     State:
         ``step`` (0-d), ``prev`` :math:`g_{prev}` and ``step_size`` :math:`s`, each of the parameter's shape and dtype.
@@ -61,7 +67,7 @@ class Rprop(FusedOptimizer):
         foreach: bool | None = None,
         maximize: bool = False,
         differentiable: bool = False,
-        backend: str = "auto",
+        **common: Unpack[CommonOptions],
     ) -> None:
         check_lr(lr)
         if not 0.0 < etas[0] < 1.0 < etas[1]:
@@ -75,12 +81,14 @@ class Rprop(FusedOptimizer):
             "differentiable": differentiable,
             "capturable": capturable,
         }
-        super().__init__(params, defaults, backend=backend)
+        super().__init__(params, defaults, **common)
 
     def init_state(self, param: Tensor, state: dict[str, Any], group: Group) -> None:
         if state.get("step_size") is None:
             lr = group["lr"].to(param.device).squeeze() if isinstance(group["lr"], Tensor) else group["lr"]
-            state["step_size"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+            state["step_size"] = torch.zeros_like(
+                param, dtype=state_dtype(param, group), memory_format=torch.preserve_format
+            )
             parts = torch.view_as_real(state["step_size"]) if param.is_complex() else state["step_size"]
             parts.add_(lr)
         super().init_state(param, state, group)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .optimizer import FusedOptimizer, Group, Scalars, States
+from .precision import state_dtype
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .precision import CommonOptions
 
 
 class SGD(FusedOptimizer):
@@ -41,7 +47,7 @@ class SGD(FusedOptimizer):
             :math:`\theta \leftarrow \theta - b`: a new learning rate acts on new gradients only.
         zero_init_momentum: begin with :math:`b = 0` instead of the first gradient. With ``dampening=momentum`` it is
             the book's second form, an average of the gradients.
-        backend: see `FusedOptimizer`.
+        **common: what every optimizer takes, ``backend`` and those for low precision: see `FusedOptimizer`.
 
     State:
         ``momentum_buffer`` :math:`b`, of the parameter's shape and dtype, if there is a momentum.
@@ -71,7 +77,7 @@ class SGD(FusedOptimizer):
         fused: bool | None = None,
         lr_in_momentum: bool = False,
         zero_init_momentum: bool = False,
-        backend: str = "auto",
+        **common: Unpack[CommonOptions],
     ) -> None:
         if isinstance(lr, Tensor) and lr.numel() != 1:
             raise ValueError("Tensor lr must be 1-element")
@@ -96,7 +102,7 @@ class SGD(FusedOptimizer):
             "lr_in_momentum": lr_in_momentum,
             "zero_init_momentum": zero_init_momentum,
         }
-        super().__init__(params, defaults, backend=backend)
+        super().__init__(params, defaults, **common)
 
     def uses(self, name: str, group: Group) -> bool:
         if name == "momentum_begun":  # only dampening tells the first step from the others
@@ -108,7 +114,7 @@ class SGD(FusedOptimizer):
         if buffer is None:
             # Beside sparse gradients the buffer is sparse too, as torch has it.
             like = param if param.grad is None or param.grad.layout == torch.strided else param.grad
-            state["momentum_buffer"] = torch.zeros_like(like)
+            state["momentum_buffer"] = torch.zeros_like(like, dtype=state_dtype(param, group))
         if self.uses("momentum_begun", group) and (buffer is None or "momentum_begun" not in state):
             state["momentum_begun"] = 0.0 if buffer is None else 1.0
 

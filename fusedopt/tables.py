@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .backend import triton_interprets
+from .precision import kept_dtype
 
 if TYPE_CHECKING:
     from .hyper import Hyper, Number
@@ -46,11 +47,14 @@ class Signature:
     param: torch.dtype
     grad: torch.dtype
     states: tuple[torch.dtype | None, ...]
+    kept: str | None = None  # the state that holds what rounding the parameter loses
+    stochastic: bool = False
 
     @property
     def streams(self) -> list[torch.dtype]:
         """The dtype of every stream."""
-        return [self.param, self.grad, *(dtype for dtype in self.states if dtype is not None)]
+        kept = [] if self.kept is None else [kept_dtype(self.kept, self.param)]
+        return [self.param, self.grad, *(dtype for dtype in self.states if dtype is not None), *kept]
 
     @cached_property
     def constants(self) -> dict[str, Any]:
@@ -65,6 +69,8 @@ class Signature:
             "PARAM": type_of(self.param),
             "GRAD": type_of(self.grad),
             "STATES": tuple(None if dtype is None else type_of(dtype) for dtype in self.states),
+            "KEPT": self.kept,
+            "STOCHASTIC": self.stochastic,
             "COMPUTE": tl.float64 if self.param == torch.float64 else tl.float32,
             "BLOCK_SIZE": block_size,
             "CHUNK_SIZE": chunk_size,
@@ -90,8 +96,10 @@ class Item:
     group: int
     signature: Signature
     numel: int
-    addresses: tuple[int, ...]  # parameter and states, 0 = absent
-    scalar_addresses: tuple[int, ...]  # of `number_address`
+    tensor: int  # the place of the parameter among all of the optimizer's, for stochastic rounding
+    seed: int  # as a signed number
+    addresses: tuple[int, ...]  # parameter, states and what keeps the parameter's lost part, 0 = absent
+    scalar_addresses: tuple[int, ...]  # of `number_address`; the last one counts the roundings
 
 
 class Tables:
@@ -114,12 +122,12 @@ class Tables:
             np.array([item.scalar_addresses for item in ordered], dtype=np.int64).reshape(-1),
         ]
         for signature, same in members.items():
-            rows = np.array([(item.numel, *item.addresses) for item in same], dtype=np.int64)
+            rows = np.array([(item.numel, item.tensor, item.seed, *item.addresses) for item in same], dtype=np.int64)
             sections += [rows.reshape(-1), _chunks(rows[:, 0], signature.tiling[1])]
         self.static, bounds = _pack(sections)
         self._static = self._upload(self.static)
         self._groups, self._scalar_states, *tables = _slices(self._static, bounds)
-        self._scalars = torch.empty(len(ordered) * n_scalars, dtype=torch.float64, device=device)
+        self._scalars = torch.empty(len(ordered) * (n_scalars + 1), dtype=torch.float64, device=device)
         firsts = [0, *accumulate(map(len, members.values()))]
         self._updates = [
             (signature.constants, first, rows, chunks)

@@ -7,7 +7,7 @@ depends neither on the number of tensors nor on their sizes.
 import triton
 import triton.language as tl
 
-from .rounding import load, store
+from .rounding import load, nearest, random_bits, store, store_stochastic, with_compensation, with_master
 
 
 @triton.jit
@@ -40,10 +40,10 @@ def _rule_name(function) -> str:
 def prepare(
     groups_ptr,  # int64 [n_tensors]: the param group of each tensor
     grads_ptr,  # int64 [n_tensors]: address of the gradient, 0 = none in this step
-    scalar_states_ptr,  # int64 [n_tensors, N_SCALAR_STATES]: addresses of 0-d states, +1 for fp32, 0 = absent
+    scalar_states_ptr,  # int64 [n_tensors, N_SCALAR_STATES + 1]: addresses of 0-d states, +1 for fp32, 0 = absent
     hyper_ptr,  # float64 [groups, N_HYPER]
     hyper_tensors_ptr,  # int64 [groups, N_HYPER]: address of a device tensor, +1 for fp32, 0 = take hyper_ptr's
-    scalars_ptr,  # float64 [n_tensors, N_SCALARS]: written
+    scalars_ptr,  # float64 [n_tensors, N_SCALARS + 1]: written
     n_tensors: tl.int64,
     SCALARS: tl.constexpr,
     N_HYPER: tl.constexpr,
@@ -52,7 +52,10 @@ def prepare(
     HYPER_TENSORS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    """Advance the per-tensor states and compute each tensor's scalars, one tensor a lane, in float64."""
+    """Advance the per-tensor states and compute each tensor's scalars, one tensor a lane, in float64.
+
+    The rule's states and scalars are followed by one of every tensor's own: how often it has been rounded at random.
+    """
     tensors = tl.program_id(0).to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
     mask = tensors < n_tensors
     mask = mask & (tl.load(grads_ptr + tensors, mask=mask, other=0) != 0)
@@ -70,9 +73,13 @@ def prepare(
     scalar_states = ()
     ones = tl.full([BLOCK_SIZE], 1.0, tl.float64)
     for i in tl.static_range(N_SCALAR_STATES):
-        address = tl.load(scalar_states_ptr + tensors * N_SCALAR_STATES + i, mask=mask, other=0)
+        address = tl.load(scalar_states_ptr + tensors * (N_SCALAR_STATES + 1) + i, mask=mask, other=0)
         addresses += (address,)
         scalar_states += (load_number(address, ones),)
+    rounding_step_address = tl.load(
+        scalar_states_ptr + tensors * (N_SCALAR_STATES + 1) + N_SCALAR_STATES, mask=mask, other=0
+    )
+    rounding_step = load_number(rounding_step_address, ones) + 1
 
     scalars, scalar_states = SCALARS(hyper, scalar_states)
     tl.static_assert(len(scalars) == N_SCALARS, "the rule has another number of scalars than its reference")
@@ -80,8 +87,10 @@ def prepare(
 
     for i in tl.static_range(N_SCALAR_STATES):
         store_number(addresses[i], scalar_states[i])
+    store_number(rounding_step_address, rounding_step)
     for i in tl.static_range(N_SCALARS):
-        tl.store(scalars_ptr + tensors * N_SCALARS + i, scalars[i] + tl.zeros_like(hyper[0]), mask=mask)
+        tl.store(scalars_ptr + tensors * (N_SCALARS + 1) + i, scalars[i] + tl.zeros_like(hyper[0]), mask=mask)
+    tl.store(scalars_ptr + tensors * (N_SCALARS + 1) + N_SCALARS, rounding_step, mask=mask)
 
 
 @triton.jit
@@ -89,19 +98,26 @@ def update_tile(
     param_address,
     grad_address,
     state_addresses,
+    kept_address,
     scalars,
+    draw,
     first,
-    offsets,
-    mask,
+    start,
+    lanes,
+    stop,
     UPDATE: tl.constexpr,
     PARAM: tl.constexpr,
     GRAD: tl.constexpr,
     STATES: tl.constexpr,
+    KEPT: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
     COMPUTE: tl.constexpr,
     ALIGN: tl.constexpr,
     GRAD_ALIGN: tl.constexpr,
 ):
     """One block of elements of every stream: load, apply the rule, store."""
+    offsets = start + lanes
+    mask = offsets < stop
     # The alignment hint belongs to the cast that makes the pointer, so every caller casts anew.
     param_ptr = tl.multiple_of(param_address.to(tl.pointer_type(PARAM)), ALIGN) + first
     grad_ptr = tl.multiple_of(grad_address.to(tl.pointer_type(GRAD)), GRAD_ALIGN) + first
@@ -117,14 +133,31 @@ def update_tile(
             state_ptr = tl.multiple_of(state_addresses[i].to(tl.pointer_type(STATES[i])), ALIGN) + first
             state_ptrs += (state_ptr,)
             states += (load(state_ptr + offsets, mask, COMPUTE),)
+    if KEPT == "master_param":
+        kept_ptr = tl.multiple_of(kept_address.to(tl.pointer_type(tl.float32)), ALIGN) + first
+        param = with_master(param, load(kept_ptr + offsets, mask, COMPUTE), PARAM)
+    elif KEPT == "kahan_comp":
+        kept_ptr = tl.multiple_of(kept_address.to(tl.pointer_type(PARAM)), ALIGN) + first
+        param = with_compensation(param, load(kept_ptr + offsets, mask, COMPUTE), PARAM)
 
     param, states = UPDATE(param, grad, states, scalars, STATES)
     tl.static_assert(len(states) == len(STATES), "the rule returns another number of states than the class has")
 
-    store(param_ptr + offsets, param, mask)
+    if KEPT == "master_param":
+        store(kept_ptr + offsets, param, mask)
+    elif KEPT == "kahan_comp":
+        store(kept_ptr + offsets, param - nearest(param, PARAM), mask)
+    if STOCHASTIC and PARAM.primitive_bitwidth == 16 and KEPT is None:
+        store_stochastic(param_ptr + offsets, param, random_bits(draw, 0, first + start, lanes), mask)
+    else:
+        store(param_ptr + offsets, param, mask)
     for i in tl.static_range(len(STATES)):
         if STATES[i] is not None:
-            store(state_ptrs[i] + offsets, states[i], mask)
+            if STOCHASTIC and STATES[i].primitive_bitwidth == 16:
+                random = random_bits(draw, 1 + i, first + start, lanes)
+                store_stochastic(state_ptrs[i] + offsets, states[i], random, mask)
+            else:
+                store(state_ptrs[i] + offsets, states[i], mask)
 
 
 @triton.jit(
@@ -132,15 +165,17 @@ def update_tile(
     do_not_specialize=["first_tensor"],
 )
 def update(
-    rows_ptr,  # int64 [rows, 2 + len(STATES)]: numel, address of the parameter, of each state (0 = absent)
+    rows_ptr,  # int64 [rows, 5 + len(STATES)]: numel, tensor, seed, addresses: parameter, states, KEPT (0 = absent)
     grads_ptr,  # int64 [n_tensors]: address of the gradient, 0 = none in this step
-    scalars_ptr,  # float64 [n_tensors, N_SCALARS]: written by prepare
+    scalars_ptr,  # float64 [n_tensors, N_SCALARS + 1]: written by prepare
     chunks_ptr,  # int32 [programs, 2]: row, index of the chunk in its tensor
     first_tensor: tl.int64,  # the tensor of row 0
     UPDATE: tl.constexpr,
     PARAM: tl.constexpr,  # stored dtypes; STATES has None where the options leave a state out
     GRAD: tl.constexpr,
     STATES: tl.constexpr,
+    KEPT: tl.constexpr,  # the state that holds what rounding the parameter loses: "master_param", "kahan_comp", None
+    STOCHASTIC: tl.constexpr,  # whether 16-bit streams are rounded at random
     COMPUTE: tl.constexpr,
     N_SCALARS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -156,17 +191,25 @@ def update(
     if grad_address == 0:
         return
 
-    row_ptr = rows_ptr + row * (2 + len(STATES))
-    param_address = tl.load(row_ptr + 1)
+    row_ptr = rows_ptr + row * (5 + len(STATES))
+    param_address = tl.load(row_ptr + 3)
     addresses = param_address
     state_addresses = ()
     for i in tl.static_range(len(STATES)):
-        state_address = tl.load(row_ptr + 2 + i)
+        state_address = tl.load(row_ptr + 4 + i)
         state_addresses += (state_address,)
         addresses |= state_address
+    kept_address = param_address
+    if KEPT is not None:
+        kept_address = tl.load(row_ptr + 4 + len(STATES))
+        addresses |= kept_address
+    scalars_ptr += tensor * (N_SCALARS + 1)
     scalars = ()
     for i in tl.static_range(N_SCALARS):
-        scalars += (tl.load(scalars_ptr + tensor * N_SCALARS + i).to(COMPUTE),)
+        scalars += (tl.load(scalars_ptr + i).to(COMPUTE),)
+    draw = ()
+    if STOCHASTIC:
+        draw = (tl.load(row_ptr + 2), tl.load(row_ptr + 1).to(tl.int32), tl.load(scalars_ptr + N_SCALARS).to(tl.int32))
 
     first = chunk.to(tl.int64) * CHUNK_SIZE
     length = tl.minimum(tl.load(row_ptr) - first, CHUNK_SIZE).to(tl.int32)
@@ -181,20 +224,17 @@ def update(
     tail_lanes = tl.arange(0, TAIL_SIZE)
 
     for start in range(0, all_aligned, BLOCK_SIZE):
-        offsets = start + lanes
         update_tile(
-            param_address, grad_address, state_addresses, scalars, first, offsets, offsets < all_aligned,
-            UPDATE, PARAM, GRAD, STATES, COMPUTE, ALIGN=16, GRAD_ALIGN=16,
+            param_address, grad_address, state_addresses, kept_address, scalars, draw, first, start, lanes, all_aligned,
+            UPDATE, PARAM, GRAD, STATES, KEPT, STOCHASTIC, COMPUTE, ALIGN=16, GRAD_ALIGN=16,
         )  # fmt: skip
     for start in range(all_aligned, aligned, BLOCK_SIZE):
-        offsets = start + lanes
         update_tile(
-            param_address, grad_address, state_addresses, scalars, first, offsets, offsets < aligned,
-            UPDATE, PARAM, GRAD, STATES, COMPUTE, ALIGN=16, GRAD_ALIGN=1,
+            param_address, grad_address, state_addresses, kept_address, scalars, draw, first, start, lanes, aligned,
+            UPDATE, PARAM, GRAD, STATES, KEPT, STOCHASTIC, COMPUTE, ALIGN=16, GRAD_ALIGN=1,
         )  # fmt: skip
     for start in range(aligned, length, TAIL_SIZE):
-        offsets = start + tail_lanes
         update_tile(
-            param_address, grad_address, state_addresses, scalars, first, offsets, offsets < length,
-            UPDATE, PARAM, GRAD, STATES, COMPUTE, ALIGN=1, GRAD_ALIGN=1,
+            param_address, grad_address, state_addresses, kept_address, scalars, draw, first, start, tail_lanes, length,
+            UPDATE, PARAM, GRAD, STATES, KEPT, STOCHASTIC, COMPUTE, ALIGN=1, GRAD_ALIGN=1,
         )  # fmt: skip

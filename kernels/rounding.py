@@ -1,4 +1,4 @@
-"""Conversion between the stored dtype of a stream and the dtype of the arithmetic.
+"""Conversion between the stored dtype of a stream and the dtype of the arithmetic. Twin of fusedopt/rounding.py.
 
 The interpreter truncates fp32 → bf16 and mistreats subnormal bf16, so there bf16 goes through its bits.
 Compiled code uses the hardware's conversion, which rounds to nearest even.
@@ -14,17 +14,93 @@ INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 def load(ptrs, mask, COMPUTE: tl.constexpr):
     if INTERPRET and ptrs.dtype.element_ty == tl.bfloat16:
         bits = tl.load(ptrs.to(tl.pointer_type(tl.uint16), bitcast=True), mask=mask)
-        return (bits.to(tl.uint32) << 16).to(tl.float32, bitcast=True).to(COMPUTE)
+        return _from_bits(bits, tl.bfloat16).to(COMPUTE)
     return tl.load(ptrs, mask=mask).to(COMPUTE)
 
 
 @triton.jit
 def store(ptrs, value, mask):
+    """Round to nearest, ties to even."""
     if INTERPRET and ptrs.dtype.element_ty == tl.bfloat16:
-        bits = value.to(tl.float32).to(tl.uint32, bitcast=True)
-        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        quiet_nan = (bits >> 16) | 0x40
-        bits = tl.where(value == value, nearest, quiet_nan).to(tl.uint16)
-        tl.store(ptrs.to(tl.pointer_type(tl.uint16), bitcast=True), bits, mask=mask)
+        tl.store(ptrs.to(tl.pointer_type(tl.uint16), bitcast=True), _to_bits(value, tl.bfloat16), mask=mask)
     else:
         tl.store(ptrs, value.to(ptrs.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def store_stochastic(ptrs, value, random, mask):
+    """Round to one of the two neighbours in a 16-bit type, to each with the probability that makes the mean right."""
+    bits = _to_bits_stochastic(value.to(tl.float32), random, ptrs.dtype.element_ty)
+    if INTERPRET:
+        tl.store(ptrs.to(tl.pointer_type(tl.uint16), bitcast=True), bits, mask=mask)
+    else:
+        tl.store(ptrs, bits.to(ptrs.dtype.element_ty, bitcast=True), mask=mask)
+
+
+@triton.jit
+def nearest(value, DTYPE: tl.constexpr):
+    """What `store` into a 16-bit type and `load` make of a value."""
+    return _from_bits(_to_bits(value, DTYPE), DTYPE)
+
+
+@triton.jit
+def with_master(param, master_param, DTYPE: tl.constexpr):
+    """The master, unless the parameter is not its rounding: then somebody has written it since."""
+    return tl.where(nearest(master_param, DTYPE) == param, master_param, param)
+
+
+@triton.jit
+def with_compensation(param, kahan_comp, DTYPE: tl.constexpr):
+    """The parameter and what its rounding lost, unless that is more than it can have lost.
+
+    A little less is compared: the compensation is rounded too, and may have become half a unit of the parameter.
+    """
+    return tl.where(nearest(param + 0.99951171875 * kahan_comp, DTYPE) == param, param + kahan_comp, param)
+
+
+@triton.jit
+def random_bits(draw, stream, first, lanes):
+    """16 random bits for element `first + lanes` of a tensor, where `first` is a multiple of 8.
+
+    Eight elements share one call of Philox, and four or eight of them belong to one thread, which computes it once.
+    """
+    seed, tensor, step = draw
+    group = (first >> 3).to(tl.int32) + (lanes >> 3)
+    a, b, c, d = tl.philox(seed, group, tensor, step, stream)
+    word = tl.where(lanes & 4 == 0, tl.where(lanes & 2 == 0, a, b), tl.where(lanes & 2 == 0, c, d))
+    return tl.where(lanes & 1 == 0, word & 0xFFFF, word >> 16)
+
+
+@triton.jit
+def _to_bits(value, DTYPE: tl.constexpr):
+    if INTERPRET and DTYPE == tl.bfloat16:
+        bits = value.to(tl.float32).to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        quiet_nan = (bits >> 16) | 0x40
+        return tl.where(value == value, rounded, quiet_nan).to(tl.uint16)
+    return value.to(DTYPE).to(tl.uint16, bitcast=True)
+
+
+@triton.jit
+def _from_bits(bits, DTYPE: tl.constexpr):
+    if DTYPE == tl.bfloat16:
+        return (bits.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return bits.to(DTYPE, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _to_bits_stochastic(value, random, DTYPE: tl.constexpr):
+    bits = value.to(tl.uint32, bitcast=True)
+    magnitude = tl.abs(value)
+    if DTYPE == tl.bfloat16:
+        LARGEST: tl.constexpr = 3.3895313892515355e38
+        rounded = (bits + random) >> 16
+    else:
+        LARGEST: tl.constexpr = 65504.0
+        normal = (((bits & 0x7FFFFFFF) + (random >> 3)) >> 13) - (112 << 10)
+        # Below the normal numbers the spacing is 2^-24, 2^16 units of 2^-40.
+        small = magnitude < 6.103515625e-05
+        units = tl.where(small, magnitude * 1099511627776.0, 0.0).to(tl.uint32)
+        rounded = tl.where(small, (units + random) >> 16, normal) | ((bits >> 16) & 0x8000)
+    # What is not finite, and what lies beyond the largest number and has but one finite neighbour.
+    return tl.where(magnitude < LARGEST, rounded.to(tl.uint16), _to_bits(value, DTYPE))

@@ -32,6 +32,25 @@ class Case:
         return getattr(torch.optim, self.optimizer)(params, **self.options, foreach=False, **extra)
 
 
+@dataclass(frozen=True)
+class Mode:
+    """A way to store low precision: the dtype of the parameters, and the options that every optimizer takes."""
+
+    dtype: torch.dtype
+    options: dict[str, Any]
+
+    @property
+    def id(self) -> str:
+        named = [key if value is True else f"{key}={value}" for key, value in self.options.items()]
+        return "-".join([str(self.dtype), *named]).replace("torch.", "")
+
+    def asks_for_nothing(self, case: Case) -> bool:
+        """Whether the options have nothing to act on, since the optimizer has no states."""
+        stateless = case.optimizer == "SGD" and not case.options.get("momentum")
+        rounds_states_only = self.dtype == torch.float32 or {"master_weights", "kahan"} & self.options.keys()
+        return stateless and "rounding" in self.options and bool(rounds_states_only)
+
+
 def _rows(optimizer: str, *options: dict[str, Any], in_torch: bool = True) -> list[Case]:
     return [Case(optimizer, row, in_torch) for row in options]
 
@@ -120,4 +139,21 @@ CASES = [
         {"lr": 0.01, "betas": (0.8, 0.7), "weight_decay": 0.1, "maximize": True},
         in_torch=False,
     ),
+]
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+
+MODES = [
+    Mode(BF16, {"state_dtype": FP32}),
+    Mode(FP32, {"state_dtype": BF16}),
+    Mode(BF16, {"master_weights": True}),
+    Mode(FP16, {"master_weights": True, "state_dtype": FP32}),
+    Mode(BF16, {"kahan": True}),
+    Mode(FP16, {"kahan": True}),
+    Mode(BF16, {"rounding": "stochastic"}),
+    Mode(FP16, {"rounding": "stochastic"}),
+    Mode(BF16, {"rounding": "stochastic", "state_dtype": FP32}),
+    Mode(FP32, {"rounding": "stochastic", "state_dtype": BF16}),
+    Mode(BF16, {"rounding": "stochastic", "master_weights": True}),
+    Mode(BF16, {"rounding": "stochastic", "kahan": True}),
 ]

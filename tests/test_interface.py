@@ -25,6 +25,7 @@ from twins import (
 )
 
 import fusedopt
+from fusedopt.precision import CommonOptions
 
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 both_backends = pytest.mark.parametrize("backend", BACKENDS)
@@ -59,8 +60,12 @@ def test_signature(name):
     mine = list(inspect.signature(getattr(fusedopt, name)).parameters.values())
     assert [(p.name, p.default, p.kind) for p in mine[: len(theirs)]] == [(p.name, p.default, p.kind) for p in theirs]
     extras = mine[len(theirs) :]
-    assert all(p.kind is p.KEYWORD_ONLY for p in extras)
-    assert [(p.name, p.default) for p in extras][-1] == ("backend", "auto")
+    assert all(p.kind is p.KEYWORD_ONLY for p in extras[:-1])
+    assert extras[-1].kind is extras[-1].VAR_KEYWORD
+    assert set(CommonOptions.__annotations__) == set(inspect.signature(fusedopt.FusedOptimizer).parameters) - {
+        "params",
+        "defaults",
+    }
     assert all(p.default is False for p in extras[:-1])
 
 

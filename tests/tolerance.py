@@ -13,9 +13,8 @@ ULPS = {torch.float64: 4, torch.float32: 4, torch.bfloat16: 1, torch.float16: 1}
 def ulp(scale: Array, dtype: torch.dtype) -> Array:
     """The distance of two neighbours in `dtype` at this scale; that of its subnormals below the normal numbers."""
     finfo = torch.finfo(dtype)
-    _, exponent = np.frexp(np.asarray(scale, dtype=np.longdouble))
-    _, least = np.frexp(finfo.tiny)
-    return np.ldexp(np.longdouble(finfo.eps), np.maximum(exponent, least) - 1)
+    _, exponent = np.frexp(np.maximum(np.asarray(scale, dtype=np.longdouble), finfo.tiny))
+    return np.ldexp(np.longdouble(finfo.eps), exponent - 1)
 
 
 def overflow(dtype: torch.dtype) -> np.longdouble:
