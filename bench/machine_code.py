@@ -17,6 +17,8 @@ from typing import Any
 import torch
 
 from fusedopt import FusedOptimizer
+from fusedopt.hyper import Hyper
+from fusedopt.precision import kept_state, state_dtype
 from fusedopt.tables import LAUNCH_OPTIONS, PREPARE_BLOCK_SIZE, Signature, rule
 
 from .assembly import Loop, MachineCode, accesses, aligned_loop, barriers, loops
@@ -51,7 +53,7 @@ class Kernel:
 
     optimizer: type[FusedOptimizer]
     signature: Signature
-    dtypes: str  # a key of DTYPES
+    dtypes: str  # a key of DTYPES, or the id of a mode
     n_hyper: int
 
     @property
@@ -74,6 +76,11 @@ class Kernel:
         """The streams that are stored: all but the gradient."""
         return [self.signature.param, *self.signature.streams[2:]]
 
+    @property
+    def bytes_per_element(self) -> int:
+        """What a step moves: every stream read, all but the gradient written."""
+        return sum(dtype.itemsize for dtype in [*self.signature.streams, *self.written])
+
 
 @dataclass(frozen=True)
 class Report:
@@ -92,21 +99,36 @@ class Report:
     nan_dropping_maxima: int  # NVIDIA's fp32 maxima and minima that return the other operand for a NaN
 
 
-def kernels_of(cases: Iterable[Any]) -> list[Kernel]:
-    """Every distinct `update` kernel of the given cases, in every dtype signature."""
-    cases = list(cases)
-    kernels: dict[tuple[Any, Signature], Kernel] = {}
+def kernels_of(cases: Iterable[Any], modes: Iterable[Any] = ()) -> list[Kernel]:
+    """Every distinct `update` kernel of the given cases, in every dtype signature and every mode of low precision."""
+    cases, kernels = list(cases), {}
     for dtypes, (param, grad, state) in DTYPES.items():
         for case in cases:
-            optimizer = case.make([torch.zeros(1)])
-            group = optimizer.param_groups[0]
-            states = tuple(state if optimizer.uses(name, group) else None for name in optimizer.states)
-            signature = Signature(param, grad, states)
-            values = [group[name] for name in optimizer.hyperparameters]
-            n_hyper = sum(len(value) if isinstance(value, tuple) else 1 for value in values)
-            kernel = Kernel(type(optimizer), signature, dtypes, n_hyper)
-            kernels.setdefault((optimizer.kernel, signature), kernel)
+            kernel = _kernel(case.make([torch.zeros(1)]), dtypes, param, grad, state)
+            kernels.setdefault((kernel.optimizer.kernel, kernel.signature), kernel)
+    for mode in modes:
+        for case in cases:
+            if mode.asks_for_nothing(case):
+                continue
+            param = torch.zeros(1, dtype=mode.dtype)
+            optimizer = case.make([param], **mode.options)
+            state = state_dtype(param, optimizer.param_groups[0])
+            kernel = _kernel(optimizer, mode.id, mode.dtype, mode.dtype, state)
+            kernels.setdefault((kernel.optimizer.kernel, kernel.signature), kernel)
     return list(kernels.values())
+
+
+def _kernel(optimizer: FusedOptimizer, name: str, param: torch.dtype, grad: torch.dtype, state: torch.dtype) -> Kernel:
+    (group,) = optimizer.param_groups
+    signature = Signature(
+        param,
+        grad,
+        tuple(state if optimizer.uses(name, group) else None for name in optimizer.states),
+        kept_state(torch.empty(0, dtype=param), group),
+        group["rounding"] == "stochastic",
+    )
+    n_hyper = Hyper(optimizer.hyperparameters, (), optimizer.defaults).count
+    return Kernel(type(optimizer), signature, name, n_hyper)
 
 
 def compile_update(kernel: Kernel, target: str) -> MachineCode:
@@ -266,14 +288,14 @@ def _gpu(target: str) -> Any:
 
 def main() -> None:
     """Print instructions per element of the aligned loop and registers, for every kernel."""
-    from tests.cases import CASES
+    from tests.cases import CASES, MODES
 
     for target in TARGETS:
-        print(f"\n{target:<50} per element  fast path  registers")
-        for kernel in kernels_of(CASES):
+        print(f"\n{target:<75} per element  fast path  registers")
+        for kernel in kernels_of(CASES, MODES):
             result = report(kernel, target)
             numbers = f"{result.instructions:>11.1f} {result.fast_instructions:>10.1f} {result.registers:>10}"
-            print(f"{kernel.id:<50} {numbers}", flush=True)
+            print(f"{kernel.id:<75} {numbers}", flush=True)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ def with_compensation(param: Tensor, kahan_comp: Tensor, dtype: torch.dtype) -> 
     A little less is compared: the compensation is rounded too, and may have become half a unit of the parameter.
     """
     is_its = nearest(param + 0.99951171875 * kahan_comp, dtype) == param
-    return torch.where(is_its, param + kahan_comp, param)
+    return torch.where(is_its & (kahan_comp != 0), param + kahan_comp, param)  # where -0.0 stays what it is
 
 
 def nearest(value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -7,14 +7,20 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
-from cases import CASES
+from cases import CASES, MODES
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench.assembly import barriers
-from bench.machine_code import TARGETS, compile_prepare, kernels_of, report, specializations
+from bench.machine_code import DTYPES, TARGETS, compile_prepare, kernels_of, report, specializations
 
 NUMBERS = [1, 2, 15, 16, 17, 2**31 - 1, 2**31, 2**40]
+
+
+def compiled_for(kernel):
+    """The targets: every one for Adam and for the ordinary signatures, one for the modes of other optimizers."""
+    everywhere = kernel.dtypes in DTYPES or kernel.optimizer.kernel == "adam"
+    return list(TARGETS) if everywhere else ["sm_90"]
 
 
 def update_report(kernel, target):
@@ -32,10 +38,10 @@ def prepare_report(kernel, target, hyper_tensors):
 
 
 def main():
-    kernels = kernels_of(CASES)
+    kernels = kernels_of(CASES, MODES)
     rules = {kernel.optimizer.kernel: kernel for kernel in kernels}
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
-        updates = {(k.id, target): pool.submit(update_report, k, target) for target in TARGETS for k in kernels}
+        updates = {(k.id, target): pool.submit(update_report, k, target) for k in kernels for target in compiled_for(k)}
         prepares = {
             (name, target, str(hyper_tensors)): pool.submit(prepare_report, kernel, target, hyper_tensors)
             for target in TARGETS

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import CASES
+from cases import CASES, MODES, Case
 from conftest import DEVICE
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -69,6 +69,17 @@ def test_two_launches_for_every_optimizer(launches, case):
     optimizer = case.make(parameters(10), backend="triton")
     optimizer.step()
     assert kernels(launches) == ["prepare", "update"]
+
+
+@pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.id)
+def test_two_launches_for_every_mode(launches, mode):
+    optimizer = adam(parameters(10, mode.dtype), **mode.options)
+    optimizer.step()
+    plan = optimizer._plan
+    optimizer.param_groups[0]["lr"] *= 0.5
+    optimizer.step()
+    assert optimizer._plan is plan
+    assert kernels(launches) == 2 * ["prepare", "update"]
 
 
 def test_one_more_launch_for_each_signature(launches):
@@ -187,10 +198,16 @@ class Operations(TorchDispatchMode):
 WAITING = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "index", "_to_copy", "copy_"}
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_steady_step_waits_for_nothing(launches, case):
-    params = parameters(20)
-    optimizer = case.make(params, backend="triton")
+STEADY = [
+    *((case, torch.float32, {}) for case in CASES),
+    *((Case("Adam"), mode.dtype, mode.options) for mode in MODES),
+]
+
+
+@pytest.mark.parametrize(("case", "dtype", "options"), STEADY, ids=str)
+def test_steady_step_waits_for_nothing(launches, case, dtype, options):
+    params = parameters(20, dtype)
+    optimizer = case.make(params, backend="triton", **options)
     optimizer.step()
     operations = Operations()
     for step in range(3):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
-from cases import CASES
+from cases import CASES, MODES, Case
 
 import fusedopt.tables
 
@@ -120,15 +120,11 @@ def parameters(dtype, grad_dtype):
     return params
 
 
-def stepped_once(case, dtypes):
-    """An optimizer whose states are there, in their dtype."""
-    param_dtype, grad_dtype, state_dtype = DTYPES[dtypes]
+def stepped_once(case, param_dtype, grad_dtype, **options):
+    """An optimizer whose states are there."""
     params = parameters(param_dtype, grad_dtype)
-    optimizer = case.make(params, backend="triton")
+    optimizer = case.make(params, backend="triton", **options)
     optimizer.step()
-    for state in optimizer.state.values():
-        for name in set(optimizer.states) & state.keys():
-            state[name] = state[name].to(state_dtype)
     return optimizer, params
 
 
@@ -139,7 +135,17 @@ def states_of(optimizer):
 @pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("case", distinct_cases(), ids=lambda case: case.id)
 def test_every_byte_once(traced_step, case, dtypes):
-    optimizer, params = stepped_once(case, dtypes)
+    param_dtype, grad_dtype, state_dtype = DTYPES[dtypes]
+    other_dtype = {"state_dtype": state_dtype} if state_dtype != param_dtype else {}
+    check_every_byte(traced_step, *stepped_once(case, param_dtype, grad_dtype, **other_dtype))
+
+
+@pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.id)
+def test_every_byte_once_in_every_mode(traced_step, mode):
+    check_every_byte(traced_step, *stepped_once(Case("AdamW"), mode.dtype, mode.dtype, **mode.options))
+
+
+def check_every_byte(traced_step, optimizer, params):
     written = [*params, *states_of(optimizer)]
     trace = traced_step(optimizer)
 
@@ -158,7 +164,7 @@ def test_every_byte_once(traced_step, case, dtypes):
 
 
 def test_parameters_without_a_gradient_are_not_touched(traced_step):
-    optimizer, params = stepped_once(CASES[-1], "fp32")
+    optimizer, params = stepped_once(CASES[-1], torch.float32, torch.float32)
     params[0].grad = None
     trace = traced_step(optimizer)
     for tensor in (params[0], *optimizer.state[params[0]].values()):

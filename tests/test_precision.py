@@ -10,7 +10,7 @@ import oracle
 import pytest
 import rounding_oracle
 import torch
-from cases import BF16, CASES, FP16, FP32, MODES, Case, Mode
+from cases import CASES, FP32, MODES, Case, Mode
 from oracle import Array, Bounded, exact
 from test_reference import LAYOUTS, Noise, seeded
 from tolerance import ULPS, assert_close, ulp

@@ -32,7 +32,8 @@ def options(name):
 def train(model, optimizer, steps):
     for step in steps:
         optimizer.zero_grad()
-        batch = torch.randn(5, 4, generator=torch.Generator().manual_seed(step), dtype=torch.float64).to(DEVICE)
+        batch = torch.randn(5, 4, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        batch = batch.to(DEVICE, next(model.parameters()).dtype)
         model(batch).pow(2).sum().backward()
         optimizer.step()
 
