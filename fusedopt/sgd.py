@@ -111,7 +111,7 @@ class SGD(FusedOptimizer):
 
     def init_state(self, param: Tensor, state: dict[str, Any], group: Group) -> None:
         buffer = state.get("momentum_buffer")
-        if buffer is None:
+        if buffer is None and self.uses("momentum_buffer", group):
             # Beside sparse gradients the buffer is sparse too, as torch has it.
             like = param if param.grad is None or param.grad.layout == torch.strided else param.grad
             state["momentum_buffer"] = torch.zeros_like(like, dtype=state_dtype(param, group))

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.optim.lr_scheduler import ExponentialLR
 
+from fusedopt.precision import RESERVED
+
 NUMBERS = {
     "lr": [0.01, 0.05, 0.2],
     "weight_decay": [0.0, 0.05, 0.2],
@@ -281,7 +283,7 @@ class Actions:
 
     def state_edited(self, draw):
         p, q, name = self.pick_state(draw)
-        if name:
+        if name in self.ours.states:
             factor = 0.5 if name == "grad_avg" else 2
             self.ours.state[p][name].mul_(factor)
             self.theirs.state[q][name].mul_(factor)
@@ -350,6 +352,8 @@ class Actions:
         self.theirs.load_state_dict(copy.deepcopy(self.ours.state_dict()))
         for group in self.theirs.param_groups:
             group["foreach"] = False
+        for name in RESERVED:
+            self.drop_of(self.theirs, name)
 
     def copied(self, draw):
         pickled = draw(st.booleans())

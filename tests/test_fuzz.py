@@ -8,9 +8,11 @@ import os
 from collections import defaultdict
 from unittest.mock import patch
 
+import oracle
 import pytest
+import rounding_oracle
 import torch
-from cases import CASES
+from cases import CASES, MODES
 from conftest import DEVICE
 from fuzz_actions import ACTIONS, Actions, choose, lay
 from hypothesis import HealthCheck, Phase, given, settings
@@ -18,13 +20,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fusedopt
+from fusedopt.precision import KAHAN_COMP, MASTER_PARAM, RESERVED, ROUNDING_STEP, kept_state, state_dtype
 
 # One dimension, none, size 1, no elements; (3, 3) can be transposed at its address; full vectors and a tail.
 SHAPES = [(3, 3), (3, 3), (4, 3), (2, 3, 2, 2), (17,), (), (1, 5), (0, 2)]
 DTYPES = [torch.float64, torch.float64, torch.float32, torch.complex128]
 # Of the largest element. fp64 decides; the twin of 16 bits is fp32, which leaves a few roundings.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-EXACT = {"step", "momentum_begun"}
+EXACT = {"step", "momentum_begun", ROUNDING_STEP}
 
 EXAMPLES = int(os.environ.get("FUSEDOPT_FUZZ_EXAMPLES", "0"))  # of each case; 0 = always the same few
 
@@ -36,20 +39,23 @@ class Twins(Actions):
     after every operation.
     """
 
-    def __init__(self, case, backend, draw):
+    def __init__(self, case, backend, draw, mode=None):
         self.case = case
         self.random = torch.Generator().manual_seed(0)
+        self.dtypes = DTYPES if mode is None else [mode.dtype]
         pairs = [self.new_pair(draw) for _ in range(draw(st.integers(1, 4)))]
         cut = draw(st.integers(0, len(pairs) - 1))
         groups = [pairs[:cut], pairs[cut:]] if cut else [pairs]
-        self.ours = case.make([{"params": [p for p, _ in group]} for group in groups], backend=backend)
+        options = {} if mode is None else mode.options
+        self.ours = case.make([{"params": [p for p, _ in group]} for group in groups], backend=backend, **options)
         self.theirs = case.make_torch([{"params": [q for _, q in group]} for group in groups])
 
     def new_pair(self, draw):
-        p = nn.Parameter(torch.empty(draw(st.sampled_from(SHAPES)), dtype=draw(st.sampled_from(DTYPES)), device=DEVICE))
+        dtype = draw(st.sampled_from(self.dtypes))
+        p = nn.Parameter(torch.empty(draw(st.sampled_from(SHAPES)), dtype=dtype, device=DEVICE))
         p.data = self.values(p)
         p.grad = self.values(p) if draw(st.sampled_from([True, True, True, False])) else None
-        return p, nn.Parameter(p.detach().clone())
+        return p, nn.Parameter(p.detach().to(torch.promote_types(dtype, torch.float32), copy=True))
 
     def values(self, like):
         dtype = torch.complex128 if like.is_complex() else torch.float64
@@ -75,7 +81,7 @@ class Twins(Actions):
     def pick_state(self, draw):
         """A parameter and the name of one of its states; None where there is none yet."""
         p, q = self.pick(draw)
-        names = sorted(self.ours.state.get(p, {}).keys() - self.ours.scalar_states)
+        names = sorted(self.ours.state.get(p, {}).keys() - {*self.ours.scalar_states, ROUNDING_STEP})
         return p, q, draw(st.sampled_from(names)) if names else None
 
     def follow_dtype(self, p, q):
@@ -85,10 +91,13 @@ class Twins(Actions):
             state = self.theirs.state.get(q, {})
             state.update({name: value.to(q.dtype) for name, value in state.items() if name in self.ours.states})
 
+    def drop_of(self, optimizer, name):
+        for state in optimizer.state.values():
+            state.pop(name, None)
+
     def drop_states(self, name):
-        for p, q in self.pairs:
-            self.ours.state.get(p, {}).pop(name, None)
-            self.theirs.state.get(q, {}).pop(name, None)
+        self.drop_of(self.ours, name)
+        self.drop_of(self.theirs, name)
 
     def forget_replaced(self):
         """Drop the states of parameters that are in no group any more: no state_dict can hold them."""
@@ -106,6 +115,7 @@ class Twins(Actions):
                 if q.grad is not None and self.case.optimizer != "SGD" and (state or self.case.optimizer == "Adagrad"):
                     fresh = {}
                     self.ours.init_state(q.detach(), fresh, mine)
+                    fresh.update({k: v.to(q.dtype) for k, v in fresh.items() if k in self.ours.states})
                     fresh.update({k: torch.tensor(float(v)) for k, v in fresh.items() if k in self.ours.scalar_states})
                     self.theirs.state[q] = {**fresh, **state}
 
@@ -113,21 +123,38 @@ class Twins(Actions):
         for p, q in self.pairs:
             q.grad = None if p.grad is None else lay(p.grad).to(q.dtype)
 
+    def value_of(self, p):
+        """What a parameter stands for: of 16 bits, also what its rounding lost, as long as nobody has written it."""
+        state = self.ours.state.get(p, {})
+        group = next(group for group, _ in self.groups if any(p is param for param in group["params"]))
+        name = kept_state(p, group)
+        if name not in state:
+            return p.detach()
+        kept = rounding_oracle.with_kept(oracle.exact(p), {name: oracle.exact(state[name])}, p.dtype)
+        return torch.from_numpy(kept.astype("float32")).to(p.device).reshape(p.shape)
+
+    @torch.no_grad()
     def step(self, closure=None):
         """One step of each; then everything must be equal."""
         self.give_gradients()
         pairs = self.pairs
+        for p, q in pairs:
+            q.copy_(self.value_of(p))
         places = [(p.data_ptr(), p.stride(), p.dtype) for p, _ in pairs]
         versions = [p._version for p, _ in pairs]
         states = [self.ours.state.get(p, {}) for p, _ in pairs]
         dtypes = [{name: state[name].dtype for name in state.keys() & self.ours.states} for state in states]
+        new_dtypes = [state_dtype(p, group) for group, _ in self.groups for p in group["params"]]
         assert self.ours.step(closure) == (closure and 1.5)
         self.fill_in()
         before = [{"": q.detach().clone(), **copy.deepcopy(self.theirs.state.get(q, {}))} for _, q in pairs]
         self.theirs.step()
 
         self.forget_replaced()
-        mine, true = ({i: s.keys() for i, s in o.state_dict()["state"].items() if s} for o in (self.ours, self.theirs))
+        mine, true = (
+            {i: s.keys() - RESERVED for i, s in o.state_dict()["state"].items() if s.keys() - RESERVED}
+            for o in (self.ours, self.theirs)
+        )
         assert mine == true
         tolerances = self.tolerances()
         for i, (p, q) in enumerate(pairs):
@@ -136,12 +163,12 @@ class Twins(Actions):
                 assert p._version > versions[i] or not p.numel(), "the step did not tell autograd"
                 assert torch.equal(lay(p.grad).to(q.dtype), q.grad), "the step wrote into a gradient"
             near = tolerances[p.data_ptr()]
-            assert_near(p.detach(), q.detach(), before[i][""], near, f"parameter {i}")
+            assert_near(self.value_of(p), q.detach(), before[i][""], near, f"parameter {i}")
             for name, true in self.theirs.state.get(q, {}).items():
                 mine, what = self.ours.state[p][name], f"{name} of parameter {i}"
                 if name in self.ours.states:
                     assert mine.shape == p.shape, what
-                    assert mine.dtype == dtypes[i].get(name, p.dtype), what
+                    assert mine.dtype == dtypes[i].get(name, new_dtypes[i]), what
                 elif p.grad is not None:
                     assert mine.shape == (), what
                 if name in EXACT:
@@ -158,7 +185,7 @@ class Twins(Actions):
         tolerances = defaultdict(float)
         for p, q in self.pairs:
             states = [value for name, value in self.ours.state.get(p, {}).items() if name not in EXACT]
-            coarsest = max(TOLERANCE[tensor.dtype.to_real()] for tensor in (p, q, *states))
+            coarsest = max(TOLERANCE[tensor.dtype.to_real()] for tensor in (self.value_of(p), q, *states))
             tolerances[p.data_ptr()] = max(coarsest, tolerances[p.data_ptr()])
         return tolerances
 
@@ -166,7 +193,10 @@ class Twins(Actions):
     def meet(self):
         """Go on from the same values, in place: errors do not add up, and a stale address still shows."""
         for p, q in self.pairs:
-            q.copy_(p.copy_(q))
+            if self.ours.state.get(p, {}).keys() & {MASTER_PARAM, KAHAN_COMP}:
+                q.copy_(self.value_of(p))
+            else:
+                q.copy_(p.copy_(q))
             for name, value in self.theirs.state.get(q, {}).items():
                 if name != "step":
                     value.copy_(self.ours.state[p][name].copy_(value))
@@ -186,10 +216,10 @@ def assert_near(mine, true, before, tolerance, what):
     )
 
 
-def fuzz(case, backend, draw):
+def fuzz(case, backend, draw, mode=None):
     # In debug mode no plan is used twice, so half of the examples go without.
     with patch.object(fusedopt.optimizer, "_DEBUG", draw(st.booleans(), label="debug")):
-        twins = Twins(case, backend, draw)
+        twins = Twins(case, backend, draw, mode)
         for _ in range(draw(st.integers(1, 6), label="rounds")):
             for _ in range(draw(st.integers(1, 3), label="actions")):
                 getattr(twins, draw(st.sampled_from(ACTIONS)))(draw)
@@ -224,3 +254,24 @@ def test_eager_equals_torch(case, data):
 @given(data=st.data())
 def test_triton_equals_torch(case, data):
     fuzz(case, "triton", data.draw)
+
+
+every_mode = pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.id)
+
+
+def cases_of(mode):
+    return st.sampled_from([case for case in IN_TORCH if not mode.asks_for_nothing(case)])
+
+
+@every_mode
+@budget(250)
+@given(data=st.data())
+def test_eager_equals_torch_in_every_mode(mode, data):
+    fuzz(data.draw(cases_of(mode)), "eager", data.draw, mode)
+
+
+@every_mode
+@budget(250)
+@given(data=st.data())
+def test_triton_equals_torch_in_every_mode(mode, data):
+    fuzz(data.draw(cases_of(mode)), "triton", data.draw, mode)
