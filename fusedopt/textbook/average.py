@@ -25,6 +25,11 @@ COLOURS, DASHES = [ORANGE, BLUE, GREEN, RED], ["-", "--", ":"]
 LEAST = 1e-6  # weights below that are not drawn
 
 
+def whole(steps: float) -> int:
+    """A number of steps, rounded (2.5 to 3)."""
+    return math.floor(steps + 0.5)
+
+
 @dataclass
 class Average:
     """An average and what Adam's state showed of it."""
@@ -41,7 +46,7 @@ class Average:
     @property
     def edge(self) -> int:
         """The window in whole steps."""
-        return math.floor(self.window + 0.5)
+        return whole(self.window)
 
     def correction(self, t: int) -> float:
         """What the average is multiplied by after t steps."""
@@ -64,7 +69,7 @@ def record(betas: list[float], gradients: np.ndarray) -> np.ndarray:
 
 def measure(betas: list[float]) -> list[Average]:
     """Run Adam until three windows of the longest average have passed."""
-    steps = max(10, math.ceil(3 / (1 - max(betas))))
+    steps = max(10, 3 * whole(1 / (1 - max(betas))))
     impulse = np.zeros(steps)
     impulse[0] = 1
     weights, sums = record(betas, impulse), record(betas, np.ones(steps))
@@ -117,7 +122,7 @@ def text(averages: list[Average]) -> str:
 
 def draw(averages: list[Average], path: Path) -> None:
     """Weights by age, and bias corrections by step."""
-    figure, (left, right) = report.panels(2, 2, (5.2, 3.8))
+    figure, (left, right) = report.panels(2, 2, (5.2, 3.8), share=False)
     for i, each in enumerate(averages):
         colour, dashes = COLOURS[i % len(COLOURS)], DASHES[i // len(COLOURS) % len(DASHES)]
         steps = np.arange(1, len(each.weights) + 1)

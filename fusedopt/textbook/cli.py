@@ -102,7 +102,7 @@ def make_parser() -> Parser:
     add = command("stability", stability, "Ill-conditioning: largest stable learning rates, and a map of convergence.")
     quadratic(add, None, None)
     add("--eigenvalues", type=positive, nargs="+", metavar="λ", help="of the Hessian (default: those of f, 2A and 2B)")
-    add("--momentum", type=decay, default=0.5, metavar="β", help="(default: %(default)s)")
+    add("--momentum", type=short_decay, default=0.5, metavar="β", help="(default: %(default)s)")
     mapped = list(stability.MAPPED)
     add("--optimizer", choices=mapped, nargs="+", metavar="NAME", help=f"on the map: any of {', '.join(mapped)}")
     add("--steps", type=count, default=100, metavar="N", help="of each run on the map (default: %(default)s)")

@@ -51,8 +51,9 @@ def load(path: Path | None) -> Data:
 def read(path: Path) -> np.ndarray:
     """The table in a file; a `UsageError` that says what is wrong with it."""
     try:
-        with warnings.catch_warnings(action="ignore"):  # NumPy's, about a file without numbers
-            table = np.loadtxt(path, ndmin=2)
+        with warnings.catch_warnings(), path.open(encoding="utf-8") as file:
+            warnings.simplefilter("ignore")  # NumPy's, about a file without numbers
+            table = np.loadtxt(file, ndmin=2)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).partition(";")[0]
         raise UsageError(f"cannot read {path}: {' '.join(reason.split())}") from None

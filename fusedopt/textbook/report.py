@@ -42,7 +42,7 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> s
 
 def to_json(document: Any) -> str:
     """Strict JSON, which has no word for infinity and NaN: null stands for both."""
-    return json.dumps(_finite(document), indent=1, ensure_ascii=False, allow_nan=False)
+    return json.dumps(_finite(document), indent=1, allow_nan=False)
 
 
 def _finite(value: Any) -> Any:
@@ -54,12 +54,12 @@ def _finite(value: Any) -> Any:
 
 
 def panels(
-    count: int, columns: int, size: tuple[float, float], *, legend: bool = False, **shared: bool
+    count: int, columns: int, size: tuple[float, float], *, legend: bool = False, share: bool = True
 ) -> tuple[Figure, list[Axes]]:
     """A figure of so many panels, each of this size in inches, and an empty one for a legend if asked for."""
     rows = -(-(count + legend) // columns)
     figure = Figure((columns * size[0], rows * size[1]), layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08))
-    axes = list(figure.subplots(rows, columns, squeeze=False, **shared).flat)
+    axes = list(figure.subplots(rows, columns, squeeze=False, sharex=share, sharey=share).flat)
     for blank in axes[count:]:
         blank.set_axis_off()
     # A shared axis is labelled at the lowest panel that is drawn, also where the last row ends early.

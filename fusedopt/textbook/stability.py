@@ -182,16 +182,25 @@ def draw(
     path: Path,
 ) -> None:
     """The map, a panel for each optimizer."""
-    figure, axes = report.panels(len(maps), min(3, len(maps)), (3.9, 3.3), sharex=True, sharey=True)
+    figure, axes = report.panels(len(maps), min(3, len(maps)), (3.9, 3.3))
     colours = ListedColormap([BLUE, YELLOW, RED])
     smallest, largest = min(eigenvalues), max(eigenvalues)
     for panel, (form, verdict) in zip(axes, maps.items(), strict=True):
-        panel.pcolormesh(rates, conditions, verdict, cmap=colours, vmin=0, vmax=2, shading="nearest", rasterized=True)
+        panel.pcolormesh(
+            rates.numpy(),
+            conditions.numpy(),
+            verdict.numpy(),
+            cmap=colours,
+            vmin=0,
+            vmax=2,
+            shading="nearest",
+            rasterized=True,
+        )
         panel.set_xscale("log")
         panel.set_yscale("log")
         bound = {"gd": 2.0, "momentum": 2 * (1 + hypers[form].get("momentum", 0))}.get(form)
         if bound is not None:
-            panel.plot(bound / (smallest * conditions), conditions, color="black", linestyle="--")
+            panel.plot((bound / (smallest * conditions)).numpy(), conditions.numpy(), color="black", linestyle="--")
         if conditions[0] <= largest / smallest <= conditions[-1]:
             panel.axhline(largest / smallest, color="black", linewidth=1, linestyle=":")
         panel.set_xlim(rates[0].item(), rates[-1].item())

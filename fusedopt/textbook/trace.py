@@ -144,7 +144,7 @@ def text(traces: list[Trace], f: dict[str, Any]) -> str:
 def draw(traces: list[Trace], a: float, b: float, path: Path) -> None:
     """The paths on the contours of f, a panel each; all panels show the same part of the plane."""
     columns = min(4, len(traces) + 1)
-    figure, axes = report.panels(len(traces), columns, (3.4, 2.7), legend=True, sharex=True, sharey=True)
+    figure, axes = report.panels(len(traces), columns, (3.4, 2.7), legend=True)
     start = traces[0].path[0]
     reach = 1.2 * np.where(start == 0, 1.0, np.abs(start))
     x1, x2 = np.meshgrid(np.linspace(-reach[0], reach[0], 201), np.linspace(-reach[1], reach[1], 201))
@@ -152,7 +152,8 @@ def draw(traces: list[Trace], a: float, b: float, path: Path) -> None:
     levels = f.max() * np.linspace(0.05, 1, 10) ** 2
     for panel, each in zip(axes, traces, strict=False):
         panel.contour(x1, x2, f, levels, colors="0.75", linewidths=0.8)
-        panel.plot(*np.nan_to_num(each.path).T, "o-", color=ORANGE, markersize=4, linewidth=1.4)
+        drawn = np.nan_to_num(each.path).clip(-1e3 * reach, 1e3 * reach)  # matplotlib overflows before floats do
+        panel.plot(*drawn.T, "o-", color=ORANGE, markersize=4, linewidth=1.4)
         panel.plot(0, 0, "*", color=BLUE, markersize=12)
         panel.plot(*start, "s", color=BLUE, markersize=7)
         panel.set_xlim(-reach[0], reach[0])

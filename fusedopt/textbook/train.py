@@ -26,8 +26,9 @@ EPOCHS = 2
 LOOKS = 15  # at the loss of all rows, in each epoch
 SCRATCH, CLASS = "from scratch", "PyTorch's class"
 
-# How far weights may lie apart that should be the same.
-BOUND = 1e-5
+# How far weights may lie apart that should be the same: roundings make 1.2e-7 over 20 seeds. Where ε stands shows as
+# little; that is for the traces to tell.
+BOUND = 2e-6
 
 
 class Stepper(Protocol):
@@ -253,7 +254,7 @@ def text(done: list[Experiment], on: data.Data) -> str:
 
 def draw(done: list[Experiment], on: data.Data, path: Path) -> None:
     """The losses as they fall, a panel for each training."""
-    figure, axes = report.panels(len(done), 4, (3.4, 2.6), legend=True, sharex=True, sharey=True)
+    figure, axes = report.panels(len(done), 4, (3.4, 2.6), legend=True)
     best = data.least_squares(on)
     for panel, each in zip(axes, done, strict=False):
         curves = np.array(each.losses)
