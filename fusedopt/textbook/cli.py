@@ -105,7 +105,7 @@ def make_parser() -> Parser:
     add("--momentum", type=short_decay, default=0.5, metavar="β", help="(default: %(default)s)")
     mapped = list(stability.MAPPED)
     add("--optimizer", choices=mapped, nargs="+", metavar="NAME", help=f"on the map: any of {', '.join(mapped)}")
-    add("--steps", type=count, default=100, metavar="N", help="of each run on the map (default: %(default)s)")
+    add("--steps", type=count, default=200, metavar="N", help="of each run on the map (default: %(default)s)")
 
     add = command("average", average, "Exponential moving averages: weights, effective window, bias correction.")
     default = [0.6, 0.9, 0.95, 0.999]

@@ -2,6 +2,12 @@
 
 All on quadratics h(x) = ½ Σ λᵢ xᵢ², the book's form after a rotation, from xᵢ = 1. Gradient descent shrinks xᵢ if
 ηλᵢ < 2, momentum if ηλᵢ < 2 + 2β: the largest λ bounds the learning rate, and the smallest is left with slow progress.
+
+The map judges a run by the largest distance from the minimum in the last quarter of its steps, since many runs circle:
+
+    converges  at most 1 % of the distance at the start
+    diverges   more than the distance at the start, or not finite
+    crawls     between the two: too slow, or circling the minimum in steps that stay large
 """
 
 from __future__ import annotations
@@ -23,12 +29,8 @@ from tqdm import tqdm
 from . import forms, report
 from .report import BLUE, RED, YELLOW, UsageError
 
-# What the map says of a run, by the largest distance from the minimum in its last steps, since many a run circles:
-# converges, if that is at most 1 % of the distance at the start; diverges, if it is more than that distance, or not
-# finite; crawls, if it is between the two: too slow, or circling the minimum in steps that stay large.
 VERDICTS = ("converges", "crawls", "diverges")
 NEAR = 0.01
-LAST = 10
 MAPPED = ("gd", "momentum", "adagrad", "rmsprop", "adadelta", "adam")
 RATES, CONDITIONS = 81, 61  # columns and rows of the map
 MARGIN = 0.01  # how far below and above the bound the check runs
@@ -95,7 +97,7 @@ def scan(form: str, hyper: dict[str, float], smallest: float, rates: Tensor, con
         for x in columns:
             x.grad = curvature * x.detach()
         optimizer.step()
-        if step >= steps - LAST:  # maximum keeps NaN
+        if step >= steps * 3 // 4:  # maximum keeps NaN
             share = torch.maximum(share, torch.stack([x.detach().norm(dim=0) for x in columns], dim=1) / 2**0.5)
     verdict = torch.ones_like(share, dtype=torch.int64)
     verdict[share <= NEAR] = 0
