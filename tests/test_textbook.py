@@ -83,6 +83,42 @@ def test_traces_are_the_books(backend, device):
     assert compared == list(LINES)
 
 
+def by_hand(update):
+    """Twenty steps of an update of the book, in numpy."""
+    x, states = np.array([-5.0, -2.0]), dict.fromkeys(["v", "s", "delta"], 0.0)
+    for t in range(1, 21):
+        x = update(x, np.array([0.2, 4.0]) * x, states, t)
+    return x
+
+
+def momentum(x, g, states, t):
+    states["v"] = 0.5 * states["v"] + 0.6 * g
+    return x - states["v"]
+
+
+def adadelta(x, g, states, t):
+    states["s"] = 0.9 * states["s"] + 0.1 * g**2
+    step = np.sqrt((states["delta"] + 1e-5) / (states["s"] + 1e-5)) * g
+    states["delta"] = 0.9 * states["delta"] + 0.1 * step**2
+    return x - step
+
+
+def adam(x, g, states, t):
+    states["v"] = 0.9 * states["v"] + 0.1 * g
+    states["s"] = 0.999 * states["s"] + 0.001 * g**2
+    return x - 0.4 * (states["v"] / (1 - 0.9**t)) / (np.sqrt(states["s"] / (1 - 0.999**t)) + 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("form", "lr", "update"), [("average", 0.6, momentum), ("adadelta", 1, adadelta), ("adam", 0.4, adam)]
+)
+def test_traces_that_the_book_does_not_print_are_its_equations(form, lr, update, document):
+    found = document("trace", "--optimizer", form)["traces"]
+    (one,) = [each for each in found if each["hyperparameters"]["lr"] == lr]
+    assert one["book"] is None
+    assert one["path"][-1] == pytest.approx(by_hand(update), rel=1e-10)
+
+
 def test_trace_prints_the_lines_side_by_side(textbook):
     code, out, _ = textbook("trace")
     assert code == 0
