@@ -3,7 +3,7 @@
 from setuptools import setup
 
 setup(
-    packages=["fusedopt", "fusedopt.kernels"],
+    packages=["fusedopt", "fusedopt.kernels", "fusedopt.textbook"],
     package_dir={"fusedopt": "fusedopt", "fusedopt.kernels": "kernels"},
     package_data={"fusedopt": ["py.typed"]},
 )

@@ -59,6 +59,7 @@ def test_wheel_contents(wheel):
         "fusedopt/py.typed",
         *(f"fusedopt/{name}" for name in modules("fusedopt")),
         *(f"fusedopt/kernels/{name}" for name in modules("kernels")),
+        *(f"fusedopt/textbook/{name}" for name in modules("fusedopt/textbook")),
     }
 
 
