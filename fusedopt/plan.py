@@ -114,7 +114,6 @@ class Plan:
         self._watchable = not any(
             tensor.layout != torch.strided or isinstance(tensor, FakeTensor) for tensor in live.watched
         )
-        self._addresses = list(map(Tensor.data_ptr, live.watched)) if self._watchable else []
         self._watch = MetaWatch(live.watched)
         self._had_grad: list[bool] = []
         self._grad_watch = MetaWatch([])
@@ -123,6 +122,8 @@ class Plan:
         in_kernels = [entry.kernels for entry in self.entries]
         self._has_eager = not all(in_kernels)
         self._kernels = KernelStep(optimizer, self.entries, live, hyper.count) if any(in_kernels) else None
+        has_addresses = self._watchable and self._kernels is not None
+        self._addresses = list(map(Tensor.data_ptr, live.watched)) if has_addresses else []
 
     def grad_metas(self) -> dict[int, tuple[Any, ...] | None]:
         """By the id of the parameter, how its gradient last lay."""
@@ -156,11 +157,12 @@ class Plan:
             return None
         try:
             live = self.read(optimizer)
-            addresses = list(map(Tensor.data_ptr, live.watched))
-        except (KeyError, TypeError, RuntimeError):  # a state is gone, no tensor any more, or without an address
-            return None
-        if addresses != self._addresses or not self._watch.holds(live.watched):
-            return None
+            # The reference works on the tensors themselves, wherever they lie.
+            addresses = [] if self._kernels is None else list(map(Tensor.data_ptr, live.watched))
+            if addresses != self._addresses or not self._watch.holds(live.watched):
+                return None
+        except (KeyError, TypeError, AttributeError, RuntimeError):
+            return None  # a state is gone, no tensor any more, or without an address
         if live.n_grads != sum(live.has_grad) or not self._grads_lie_as_known(live):
             return None
         if self._kernels is not None and not self._kernels.is_current():
