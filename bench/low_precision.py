@@ -167,9 +167,10 @@ def note(rows: list[Row]) -> str:
         if not all(abs(above) <= CLOSE for above in differences(row, rows[0]))  # NaN is far too
     ]
     return (
-        "Bytes that a step moves for an element; loss on the training set: median, lowest and highest of "
-        f"{len(rows[0].curves)} seeds;\nabove fp32: median and largest of the seeds' differences; accuracy on the test "
-        f"set: median.\nMore than {CLOSE} % from fp32 with one seed or more: {'; '.join(far) or 'none'}."
+        "Bytes that a step moves for an element; loss on the training set: median, lowest and highest "
+        f"(seeds: {len(rows[0].curves)});\n"
+        "above fp32: median and largest of the seeds' differences; accuracy on the test set: median.\n"
+        f"More than {CLOSE} % from fp32 with one seed or more: {'; '.join(far) or 'none'}."
     )
 
 
