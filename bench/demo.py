@@ -79,10 +79,15 @@ def load_data(seed: int, device: torch.device) -> tuple[Data, Data]:
     return (x[train], y[train]), (x[test], y[test])
 
 
-def make_network(seed: int, device: torch.device) -> nn.Module:
+def make_network(seed: int, device: torch.device, hidden: int = HIDDEN) -> nn.Module:
     torch.manual_seed(seed)
-    layers = [nn.Linear(64, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, 10)]
+    layers = [nn.Linear(64, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh(), nn.Linear(hidden, 10)]
     return nn.Sequential(*layers).to(device)
+
+
+def backend_of(optimizer: torch.optim.Optimizer) -> str:
+    """What steps the parameters: triton, eager, or nothing to tell for torch's optimizers."""
+    return repr(optimizer).partition("backend: ")[2].partition(" (")[0]
 
 
 def timed_step(optimizer: torch.optim.Optimizer, device: torch.device) -> float:
@@ -119,8 +124,7 @@ def train(library: ModuleType, name: str, data: tuple[Data, Data], options: argp
         if epoch <= COMPARED_EPOCHS:
             weights = parameters_to_vector(network.parameters()).detach().clone()
         bar.update()
-    backend = repr(optimizer).partition("backend: ")[2].partition(" (")[0]  # torch's say nothing
-    return Run(backend, losses, step_times, evaluate(network, test)[1], weights)
+    return Run(backend_of(optimizer), losses, step_times, evaluate(network, test)[1], weights)
 
 
 def train_all(options: argparse.Namespace) -> Pairs:
@@ -188,6 +192,10 @@ def note(pairs: Pairs, epochs: int) -> str:
     return text + "With so small a network the times are those of starting a step, not of the pass over memory."
 
 
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Say in one line what is wrong, without the usage."""
@@ -232,9 +240,8 @@ def main() -> int:
     options = parse_arguments()
     # Layers this small gain nothing from more threads, which lose much where other programs keep the cores busy.
     torch.set_num_threads(1)
-    device = torch.cuda.get_device_name(options.device) if options.device.type == "cuda" else options.device
     triton = import_module("triton").__version__ if triton_is_installed() else "not installed"
-    print(f"Device: {device}, torch {torch.__version__}, Triton {triton}", flush=True)
+    print(f"Device: {device_name(options.device)}, torch {torch.__version__}, Triton {triton}", flush=True)
     pairs = train_all(options)
     print(f"\n{table(pairs)}\n\n{note(pairs, options.epochs)}")
     draw(pairs, options.out)
