@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from fusedopt import FusedOptimizer
-from fusedopt.hyper import Hyper
-from fusedopt.precision import kept_state, state_dtype
+from fusedopt.hyper import count_numbers
+from fusedopt.precision import is_stochastic, kept_state, state_dtype
 from fusedopt.tables import LAUNCH_OPTIONS, PREPARE_BLOCK_SIZE, Signature, rule
 
 from .assembly import Loop, MachineCode, accesses, aligned_loop, barriers, loops
@@ -101,33 +101,40 @@ class Report:
 
 def kernels_of(cases: Iterable[Any], modes: Iterable[Any] = ()) -> list[Kernel]:
     """Every distinct `update` kernel of the given cases, in every dtype signature and every mode of low precision."""
-    cases, kernels = list(cases), {}
-    for dtypes, (param, grad, state) in DTYPES.items():
-        for case in cases:
-            kernel = _kernel(case.make([torch.zeros(1)]), dtypes, param, grad, state)
-            kernels.setdefault((kernel.optimizer.kernel, kernel.signature), kernel)
-    for mode in modes:
-        for case in cases:
-            if mode.asks_for_nothing(case):
-                continue
-            param = torch.zeros(1, dtype=mode.dtype)
-            optimizer = case.make([param], **mode.options)
-            state = state_dtype(param, optimizer.param_groups[0])
-            kernel = _kernel(optimizer, mode.id, mode.dtype, mode.dtype, state)
-            kernels.setdefault((kernel.optimizer.kernel, kernel.signature), kernel)
-    return list(kernels.values())
+    cases = list(cases)
+    found = [
+        kernel_of(case.make([torch.zeros(1)]), dtypes, param, grad, state)
+        for dtypes, (param, grad, state) in DTYPES.items()
+        for case in cases
+    ]
+    found += [kernel_in(case, mode) for mode in modes for case in cases if not mode.asks_for_nothing(case)]
+    distinct: dict[tuple[Any, Signature], Kernel] = {}
+    for kernel in found:
+        distinct.setdefault((kernel.optimizer.kernel, kernel.signature), kernel)
+    return list(distinct.values())
 
 
-def _kernel(optimizer: FusedOptimizer, name: str, param: torch.dtype, grad: torch.dtype, state: torch.dtype) -> Kernel:
+def kernel_in(case: Any, mode: Any) -> Kernel:
+    """The `update` kernel of a case in a mode of low precision, with gradients of the parameter's dtype."""
+    param = torch.zeros(1, dtype=mode.dtype)
+    optimizer = case.make([param], **mode.options)
+    state = state_dtype(param, optimizer.param_groups[0])
+    return kernel_of(optimizer, mode.id, mode.dtype, mode.dtype, state)
+
+
+def kernel_of(
+    optimizer: FusedOptimizer, name: str, param: torch.dtype, grad: torch.dtype, state: torch.dtype
+) -> Kernel:
+    """The `update` kernel of an optimizer for these dtypes; `name` is what they are called."""
     (group,) = optimizer.param_groups
     signature = Signature(
         param,
         grad,
         tuple(state if optimizer.uses(name, group) else None for name in optimizer.states),
         kept_state(torch.empty(0, dtype=param), group),
-        group["rounding"] == "stochastic",
+        is_stochastic(group),
     )
-    n_hyper = Hyper(optimizer.hyperparameters, (), optimizer.defaults).count
+    n_hyper = count_numbers(optimizer.defaults[name] for name in optimizer.hyperparameters)
     return Kernel(type(optimizer), signature, name, n_hyper)
 
 

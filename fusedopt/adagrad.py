@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ class Adagrad(FusedOptimizer):
         **common: what every optimizer takes, ``backend`` and those for low precision: see `FusedOptimizer`.
 
     State:
-        ``step`` (0-d) and ``sum`` :math:`s`, of the parameter's shape and dtype; both there from the start.
+        ``step`` (0-d) and ``sum`` :math:`s`, of the parameter's shape and `state_dtype`; both there from the start.
 
     Raises:
         ValueError: an argument outside its range.
@@ -57,6 +57,7 @@ class Adagrad(FusedOptimizer):
     kernel = "adagrad"
     hyperparameters = ("lr", "lr_decay", "weight_decay", "eps", "maximize", "eps_in_sqrt")
     options = ("fused",)
+    optional: ClassVar[dict[str, Any]] = {"eps_in_sqrt": False}
     scalar_states = ("step",)
     states = ("sum",)
 

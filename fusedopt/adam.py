@@ -50,7 +50,7 @@ class Adam(FusedOptimizer):
 
     State:
         ``step`` (0-d), ``exp_avg`` :math:`m`, ``exp_avg_sq`` :math:`v` and, with `amsgrad`, ``max_exp_avg_sq``, each of
-        the parameter's shape and dtype.
+        the parameter's shape and `state_dtype`.
 
     Raises:
         ValueError: an argument outside its range.

@@ -43,7 +43,8 @@ class Adamax(FusedOptimizer):
         **common: what every optimizer takes, ``backend`` and those for low precision: see `FusedOptimizer`.
 
     State:
-        ``step`` (0-d), ``exp_avg`` :math:`m` and ``exp_inf`` :math:`u`, each of the parameter's shape and dtype.
+        ``step`` (0-d), ``exp_avg`` :math:`m` and ``exp_inf`` :math:`u`, of the
+        parameter's shape and `state_dtype`.
 
     Raises:
         ValueError: an argument outside its range.

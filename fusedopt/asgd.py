@@ -47,7 +47,7 @@ class ASGD(FusedOptimizer):
 
     State:
         ``step``, ``eta`` :math:`\eta` and ``mu`` :math:`\mu` (0-d), and ``ax`` :math:`\bar\theta`, of the parameter's
-        shape and dtype.
+        shape and `state_dtype`.
 
     Raises:
         ValueError: an argument outside its range.

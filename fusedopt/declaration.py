@@ -8,7 +8,8 @@ import textwrap
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from .hyper import Hyper
+from .hyper import count_numbers
+from .precision import DEFAULTS, RESERVED
 
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
@@ -35,7 +36,13 @@ def check_declaration(optimizer: type[FusedOptimizer], base: type[FusedOptimizer
     for key in (*optimizer.hyperparameters, *optimizer.options):
         if key not in defaults:
             raise TypeError(f"{name} declares {key!r}, but its defaults have no such key")
-    n_scalars = count_scalars(optimizer, Hyper(optimizer.hyperparameters, optimizer.options, defaults).count)
+    for key in DEFAULTS:
+        if key in defaults:
+            raise TypeError(f"{name} has a default for {key!r}, which is an option of every FusedOptimizer")
+    for state in (*optimizer.scalar_states, *optimizer.states):
+        if state in RESERVED:
+            raise TypeError(f"{name} declares the state {state!r}, which every FusedOptimizer may have")
+    n_scalars = count_scalars(optimizer, count_numbers(defaults[key] for key in optimizer.hyperparameters))
     if isinstance(optimizer.kernel, str):
         return
     if not (isinstance(optimizer.kernel, tuple) and len(optimizer.kernel) == 2):

@@ -1,6 +1,6 @@
 """The hyperparameters of every group as float64 numbers, re-read at each step."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from operator import is_, itemgetter
 from typing import Any
@@ -16,12 +16,17 @@ class Hyper:
     """One row of numbers a group, in the order of the class's `hyperparameters`; pairs such as `betas` take two places.
 
     A number may be a one-element tensor. Only its identity is compared, never its value, which may be on a device.
-    The `options` have no place in a row, but a change of one counts as a change.
+    The `options` have no place in a row, but a change of one counts as a change. What is `optional` a group may lack.
     """
 
-    def __init__(self, names: Sequence[str], options: Sequence[str], defaults: Group) -> None:
-        self._places = {name: places_of(defaults[name]) for name in names}
-        self._read = _getter((*names, *options))
+    def __init__(
+        self, names: Sequence[str], options: Sequence[str], defaults: Mapping[str, Any], optional: Mapping[str, Any]
+    ) -> None:
+        self._defaults = {name: optional[name] if name in optional else defaults[name] for name in names}
+        self._places = {name: places_of(value) for name, value in self._defaults.items()}
+        self._read = _getter(tuple(name for name in (*names, *options) if name not in optional))
+        self._optional = tuple(optional)
+        self._has_no_optional = frozenset(optional).isdisjoint
         self._values: list[Any] = []
         self._volatile = True
         self.rows: list[tuple[Number, ...]] = []
@@ -30,11 +35,13 @@ class Hyper:
     @property
     def count(self) -> int:
         """How many numbers a row has."""
-        return sum(places or 1 for places in self._places.values())
+        return count_numbers(self._defaults.values())
 
     def refresh(self, groups: Sequence[Group]) -> bool:
         """Read the groups again; True if something may have changed since the last call."""
         values = list(chain.from_iterable(map(self._read, groups)))
+        if not all(map(self._has_no_optional, groups)):
+            values += [group.get(name) for group in groups for name in self._optional]
         if not self._volatile and len(values) == len(self._values) and all(map(is_, values, self._values)):
             return False
         rows = [self._row(index, group) for index, group in enumerate(groups)]
@@ -44,12 +51,18 @@ class Hyper:
 
     def _row(self, index: int, group: Group) -> tuple[Number, ...]:
         row: list[Number] = []
-        for (name, places), value in zip(self._places.items(), self._read(group), strict=False):
+        for name, places in self._places.items():
+            value = group.get(name, self._defaults[name])
             if places_of(value) != places:
                 wanted = f"{places} numbers" if places else "one number"
                 raise ValueError(f"{name} of group {index} must be {wanted}, but it is {value!r}")
             row += [_number(number, name, index) for number in (value if places else (value,))]
         return tuple(row)
+
+
+def count_numbers(values: Iterable[Any]) -> int:
+    """How many numbers these hyperparameters hold."""
+    return sum(places_of(value) or 1 for value in values)
 
 
 def places_of(value: Any) -> int:

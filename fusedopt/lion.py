@@ -42,7 +42,7 @@ class Lion(FusedOptimizer):
         **common: what every optimizer takes, ``backend`` and those for low precision: see `FusedOptimizer`.
 
     State:
-        ``exp_avg`` :math:`m`, of the parameter's shape and dtype.
+        ``exp_avg`` :math:`m`, of the parameter's shape and `state_dtype`.
 
     Raises:
         ValueError: an argument outside its range.

@@ -48,7 +48,7 @@ class NAdam(FusedOptimizer):
 
     State:
         ``step`` and ``mu_product`` :math:`\Pi` (0-d), ``exp_avg`` :math:`m` and ``exp_avg_sq`` :math:`v`, each of the
-        parameter's shape and dtype.
+        parameter's shape and `state_dtype`.
 
     Raises:
         ValueError: an argument outside its range.

@@ -15,7 +15,7 @@ from .backend import BACKENDS, triton_is_installed, why_no_kernels
 from .declaration import check_declaration
 from .hyper import Hyper, is_number
 from .layout import scalar_dtype
-from .plan import Plan, used_states
+from .plan import Live, Plan, used_states
 from .precision import state_dtype
 
 Group: TypeAlias = dict[str, Any]
@@ -34,6 +34,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         hyperparameters: keys of a param group that the step reads, in the order in which `scalars` gets them. Numbers,
             one-element tensors, or pairs of them (``betas``), which take two places.
         options: keys of a param group that decide which states there are.
+        optional: those of both that torch's class lacks, with their defaults. A group has such a key only where it
+            differs, so that torch's checkpoints fit.
         scalar_states: names of the states that are one number a parameter (``step``).
         states: names of the states that are one number an element.
 
@@ -45,16 +47,19 @@ class FusedOptimizer(torch.optim.Optimizer):
             on the CPU in Triton's interpreter, which ``TRITON_INTERPRET=1`` must have turned on. Not part of the
             ``state_dict``.
         state_dtype: the dtype in which states are created, fp32, bf16 or fp16; None means the parameter's. States that
-            are there, or loaded, keep theirs. All arithmetic is in fp32 (fp64 for fp64 parameters).
+            are there, or loaded, keep theirs. All arithmetic is in fp32 (fp64 for fp64 parameters). fp16 holds no
+            square of a number beyond 255.
         master_weights: keep an fp32 copy of each 16-bit parameter, which is updated; the parameter is its rounding.
             Where the parameter is not (somebody has written it since), the parameter counts.
         kahan: keep what rounding a 16-bit parameter lost, and add it at the next step.
         rounding: ``"nearest"``, or ``"stochastic"`` for 16-bit states and for 16-bit parameters of which neither
             `master_weights` nor `kahan` keeps more: up or down, with the probabilities that make the mean right.
         seed: of stochastic rounding, in :math:`[0, 2^{64})`. The random numbers are a function of the seed, the place
-            of the parameter among all of the optimizer's, the number of its steps, the state and the element.
+            of the parameter among all of the optimizer's, the number of its steps, the state and the element. Give
+            different seeds to optimizers that step different parameters.
 
-    The last five are keys of the param groups and may differ between them.
+    The last five are keys of the param groups and may differ between them. A group has them where they differ from
+    their defaults; where a loaded one has none, this optimizer's stay.
 
     State:
         Beside those of the class, ``master_param`` (fp32) or ``kahan_comp`` (of the parameter's dtype) for 16-bit
@@ -70,6 +75,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     kernel: ClassVar[Any]
     hyperparameters: ClassVar[tuple[str, ...]]
     options: ClassVar[tuple[str, ...]] = ()
+    optional: ClassVar[dict[str, Any]] = {}
     scalar_states: ClassVar[tuple[str, ...]] = ()
     states: ClassVar[tuple[str, ...]] = ()
 
@@ -153,14 +159,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Create the states that a parameter lacks, in the dtypes that its group asks for."""
         missing = [name for name in self.states if state.get(name) is None]
         self.init_state(param, state, group)
-        # A subclass may not have asked for their dtype.
-        dtype = state_dtype(param, group)
-        state.update({name: state[name].to(dtype) for name in missing if state.get(name) is not None})
+        if precision.option(group, "state_dtype") is not None:  # which a subclass may not have asked for
+            dtype = state_dtype(param, group)
+            state.update({name: state[name].to(dtype) for name in missing if state.get(name) is not None})
         kept = precision.kept_state(param, group)
         if kept is not None and state.get(kept) is None:
             state[kept] = precision.new_kept_state(kept, param)
-        if group["rounding"] == "stochastic":
-            state.setdefault(precision.ROUNDING_STEP, torch.tensor(0.0, dtype=scalar_dtype()))
+        if precision.is_stochastic(group):
+            state.setdefault(precision.ROUNDING_STEP, torch.tensor(0.0, dtype=torch.float64))  # counts beyond 2^24
 
     def check_sparse(self, group: Group, name: str) -> None:
         """Raise unless a step can use a sparse gradient."""
@@ -187,25 +193,43 @@ class FusedOptimizer(torch.optim.Optimizer):
         return loss
 
     def _step(self) -> None:
-        plan = self._plan
         if self._hyper is None:
-            self._hyper = Hyper(self.hyperparameters, (*self.options, *precision.DEFAULTS), self.defaults)
-        hyper_changed = self._hyper.refresh(self.param_groups)
+            options = (*self.options, *precision.DEFAULTS)
+            self._hyper = Hyper(self.hyperparameters, options, self.defaults, self._optional)
+        hyper = self._hyper
+        try:
+            plan, live = self._planned(hyper)
+        except Exception:
+            self._plan = self._hyper = None  # whatever was new to this step is new to the next one too
+            raise
+        self._plan = plan
+        plan.run(self, live, hyper)
+
+    def _planned(self, hyper: Hyper) -> tuple[Plan, Live]:
+        """The last plan if it still holds, else a new one, and the tensors of this step."""
+        plan = self._plan
+        hyper_changed = hyper.refresh(self.param_groups)
         if plan is not None and hyper_changed and used_states(self) != plan.uses:
             plan = None
         live = plan.gather(self) if plan is not None else None
-        if live is None or _DEBUG:
-            fresh = Plan(self, self._hyper, self._plan)
-            if live is not None and plan is not None and not plan.describes_the_same(fresh):
-                raise RuntimeError("FUSEDOPT_DEBUG: something moved since the last step and was not noticed")
-            plan, live = fresh, fresh.read(self)
-        assert plan is not None
-        self._plan = plan
-        plan.run(self, live, self._hyper)
+        if plan is not None and live is not None and not _DEBUG:
+            return plan, live
+        fresh = Plan(self, hyper, self._plan)
+        if plan is not None and live is not None and not plan.describes_the_same(fresh):
+            raise RuntimeError("FUSEDOPT_DEBUG: something moved since the last step and was not noticed")
+        return fresh, fresh.read(self)
+
+    @property
+    def _optional(self) -> dict[str, Any]:
+        return {**precision.DEFAULTS, **self.optional}
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a param group, as ``torch.optim.Optimizer.add_param_group``."""
         super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for key, default in self._optional.items():
+            if key in group and group[key] == default:
+                del group[key]
         try:
             self._check_group(len(self.param_groups) - 1)
         except Exception:
@@ -251,8 +275,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         self._plan = self._hyper = None
         for group in self.param_groups:
-            for key, default in {**precision.DEFAULTS, **self.defaults}.items():
-                group.setdefault(key, default)
+            for key in self.defaults.keys() - self._optional:
+                group.setdefault(key, self.defaults[key])
 
     def __repr__(self) -> str:
         kernels = sum(

@@ -199,7 +199,7 @@ def used_states(optimizer: FusedOptimizer) -> list[tuple[Any, ...]]:
         (
             group.get("fused") is not False,
             *(optimizer.uses(name, group) for name in names),
-            *(group[name] for name in precision.DEFAULTS),
+            *(precision.option(group, name) for name in precision.DEFAULTS),
         )
         for group in optimizer.param_groups
     ]
@@ -235,7 +235,7 @@ def _entries(optimizer: FusedOptimizer, known: dict[int, tuple[Any, ...] | None]
     entries: list[Entry] = []
     index = 0
     for group_index, group in enumerate(optimizer.param_groups):
-        seed = group["seed"] if group["rounding"] == "stochastic" else None
+        seed = precision.option(group, "seed") if precision.is_stochastic(group) else None
         scalar_names = tuple(name for name in optimizer.scalar_states if optimizer.uses(name, group))
         scalar_slots = tuple(
             scalar_names.index(name) if name in scalar_names else -1 for name in optimizer.scalar_states
@@ -382,9 +382,10 @@ def _settled_state(value: Tensor, param: Tensor, kernels: bool) -> Tensor:
 
 
 def _is_plain(entry: Entry, param: Tensor, states: Row) -> bool:
-    """Whether the reference can work on the tensors themselves, in their own dtype."""
+    """Whether the reference can work on the tensors themselves, in their own dtype, and has nothing to count."""
     dtype = layout.compute_dtype(param)
     return (
-        all(tensor.dtype == dtype and layout.is_raw(tensor) for tensor in (param, *states))
+        entry.seed is None
+        and all(tensor.dtype == dtype and layout.is_raw(tensor) for tensor in (param, *states))
         and entry.grad_dtype == dtype
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -39,11 +39,21 @@ class CommonOptions(TypedDict, total=False):
     seed: int
 
 
+def option(group: Group, name: str) -> Any:
+    """One of these options; a group has only those that differ from their defaults."""
+    return group.get(name, DEFAULTS[name])
+
+
+def is_stochastic(group: Group) -> bool:
+    """Whether a group is rounded at random."""
+    return bool(option(group, "rounding") == "stochastic")
+
+
 def kept_state(param: Tensor, group: Group) -> str | None:
     """The state that holds what rounding this parameter loses, if it has one."""
     if real_dtype(param.dtype).itemsize != 2:
         return None
-    return MASTER_PARAM if group["master_weights"] else KAHAN_COMP if group["kahan"] else None
+    return MASTER_PARAM if option(group, "master_weights") else KAHAN_COMP if option(group, "kahan") else None
 
 
 def kept_dtype(kept: str, param: torch.dtype) -> torch.dtype:
@@ -62,52 +72,54 @@ def new_kept_state(kept: str, param: Tensor) -> Tensor:
 
 def state_dtype(param: Tensor, group: Group) -> torch.dtype:
     """The dtype in which the states of a parameter are created."""
-    dtype = group["state_dtype"] or param.dtype
-    return dtype.to_complex() if param.is_complex() and not dtype.is_complex else dtype
+    dtype = option(group, "state_dtype") or param.dtype
+    return dtype.to_complex() if param.dtype.is_complex and not dtype.is_complex else dtype
 
 
 def check_group(group: Group, index: int) -> None:
     """Raise ValueError or TypeError for options that are invalid or exclude each other."""
-    if group["state_dtype"] not in STATE_DTYPES:
-        raise ValueError(
-            f"Invalid state_dtype of group {index}: {group['state_dtype']!r}, "
-            f"choose one of {', '.join(map(str, STATE_DTYPES))}"
-        )
-    if group["rounding"] not in ROUNDINGS:
-        raise ValueError(
-            f"Invalid rounding of group {index}: {group['rounding']!r}, choose one of {', '.join(map(repr, ROUNDINGS))}"
-        )
-    seed = group["seed"]
+    dtype, rounding, seed = option(group, "state_dtype"), option(group, "rounding"), option(group, "seed")
+    if dtype not in STATE_DTYPES:
+        choices = ", ".join(map(str, STATE_DTYPES))
+        raise ValueError(f"Invalid state_dtype of group {index}: {dtype!r}, choose one of {choices}")
+    if rounding not in ROUNDINGS:
+        choices = ", ".join(map(repr, ROUNDINGS))
+        raise ValueError(f"Invalid rounding of group {index}: {rounding!r}, choose one of {choices}")
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise TypeError(f"seed of group {index} must be an int, but it is {seed!r}")
     if not 0 <= seed < 1 << 64:
         raise ValueError(f"Invalid seed of group {index}: {seed}, it must lie in [0, 2**64)")
-    if group["master_weights"] and group["kahan"]:
+    for name in ("master_weights", "kahan"):
+        if option(group, name) not in (True, False):
+            raise TypeError(f"{name} of group {index} must be True or False, but it is {option(group, name)!r}")
+    if option(group, "master_weights") and option(group, "kahan"):
         raise ValueError(
             f"master_weights and kahan of group {index}: both keep what rounding a 16-bit parameter loses, choose one"
         )
-    if group["state_dtype"] in (torch.bfloat16, torch.float16) and any(map(torch.is_complex, group["params"])):
+    is_complex = any(isinstance(param, Tensor) and param.dtype.is_complex for param in group["params"])
+    if dtype in (torch.bfloat16, torch.float16) and is_complex:
         raise ValueError(
-            f"state_dtype={group['state_dtype']} of group {index}: states of its complex parameters are complex, "
+            f"state_dtype={dtype} of group {index}: states of its complex parameters are complex, "
             "and torch does not compute with complex numbers of so few bits"
         )
 
 
 def check_effect(optimizer: FusedOptimizer) -> None:
     """Raise ValueError for an option that was asked for, but has nothing to act on in any group."""
-    groups = optimizer.param_groups
-    dtypes = sorted({str(param.dtype) for group in groups for param in group["params"]})
-    has = f"the parameters are {', '.join(dtypes)}"
-    for option, use in (("master_weights", "a copy in fp32"), ("kahan", "a compensation")):
-        asking = [group for group in groups if group[option]]
-        if asking and not any(kept_state(param, group) for group in asking for param in group["params"]):
-            raise ValueError(f"{option}=True: {use} helps 16-bit parameters only, and {has}")
-    asking = [group for group in groups if group["rounding"] == "stochastic"]
-    if asking and not any(_rounds(optimizer, param, group) for group in asking for param in group["params"]):
-        kept = next((option for option in ("master_weights", "kahan") if any(group[option] for group in asking)), None)
-        because = (
-            f"{kept} keeps what rounding the parameters would lose, and no state has" if kept else f"{has}, none has"
-        )
+    pairs = [(param, group) for group in optimizer.param_groups for param in group["params"]]
+    if not pairs:
+        return
+    has = f"the parameters are {', '.join(sorted({str(param.dtype) for param, _ in pairs}))}"
+    for name, use in (("master_weights", "a copy in fp32"), ("kahan", "a compensation")):
+        asking = [(param, group) for param, group in pairs if option(group, name)]
+        if asking and not any(kept_state(param, group) for param, group in asking):
+            raise ValueError(f"{name}=True: {use} helps 16-bit parameters only, and {has}")
+    asking = [(param, group) for param, group in pairs if is_stochastic(group)]
+    if asking and not any(_rounds(optimizer, param, group) for param, group in asking):
+        keeping = [name for name in ("master_weights", "kahan") if any(option(group, name) for _, group in asking)]
+        because = f"{has}, none has"
+        if keeping:
+            because = f"{keeping[0]} keeps what rounding the parameters would lose, and no state has"
         raise ValueError(f"rounding='stochastic' has nothing to round: {because} 16 bits")
 
 

@@ -48,7 +48,8 @@ class RAdam(FusedOptimizer):
         **common: what every optimizer takes, ``backend`` and those for low precision: see `FusedOptimizer`.
 
     State:
-        ``step`` (0-d), ``exp_avg`` :math:`m` and ``exp_avg_sq`` :math:`v`, each of the parameter's shape and dtype.
+        ``step`` (0-d), ``exp_avg`` :math:`m` and ``exp_avg_sq`` :math:`v`, of the
+        parameter's shape and `state_dtype`.
 
     Raises:
         ValueError: an argument outside its range.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
@@ -52,7 +52,7 @@ class RMSprop(FusedOptimizer):
 
     State:
         ``step`` (0-d), ``square_avg`` :math:`v`, ``momentum_buffer`` :math:`b` if there is a momentum and ``grad_avg``
-        :math:`a` if centered, each of the parameter's shape and dtype.
+        :math:`a` if centered, each of the parameter's shape and `state_dtype`.
 
     Raises:
         ValueError: an argument outside its range.
@@ -61,6 +61,7 @@ class RMSprop(FusedOptimizer):
     kernel = "rmsprop"
     hyperparameters = ("lr", "alpha", "eps", "weight_decay", "momentum", "maximize", "eps_in_sqrt")
     options = ("centered",)
+    optional: ClassVar[dict[str, Any]] = {"eps_in_sqrt": False}
     scalar_states = ("step",)
     states = ("square_avg", "momentum_buffer", "grad_avg")
 

@@ -45,7 +45,8 @@ class Rprop(FusedOptimizer):
         **common: what every optimizer takes, ``backend`` and those for low precision: see `FusedOptimizer`.
 
     State:
-        ``step`` (0-d), ``prev`` :math:`g_{prev}` and ``step_size`` :math:`s`, each of the parameter's shape and dtype.
+        ``step`` (0-d), ``prev`` :math:`g_{prev}` and ``step_size`` :math:`s`, of the
+        parameter's shape and `state_dtype`.
 
     Raises:
         ValueError: an argument outside its range.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ class SGD(FusedOptimizer):
         **common: what every optimizer takes, ``backend`` and those for low precision: see `FusedOptimizer`.
 
     State:
-        ``momentum_buffer`` :math:`b`, of the parameter's shape and dtype, if there is a momentum.
+        ``momentum_buffer`` :math:`b`, of the parameter's shape and `state_dtype`, if there is a momentum.
 
     Raises:
         ValueError: an argument outside its range.
@@ -59,6 +59,7 @@ class SGD(FusedOptimizer):
     kernel = "sgd"
     hyperparameters = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize", "lr_in_momentum")
     options = ("zero_init_momentum", "fused")
+    optional: ClassVar[dict[str, Any]] = {"lr_in_momentum": False, "zero_init_momentum": False}
     scalar_states = ("momentum_begun",)
     states = ("momentum_buffer",)
 
@@ -106,7 +107,7 @@ class SGD(FusedOptimizer):
 
     def uses(self, name: str, group: Group) -> bool:
         if name == "momentum_begun":  # only dampening tells the first step from the others
-            return group["momentum"] != 0 and group["dampening"] != 0 and not group["zero_init_momentum"]
+            return group["momentum"] != 0 and group["dampening"] != 0 and not group.get("zero_init_momentum")
         return group["momentum"] != 0
 
     def init_state(self, param: Tensor, state: dict[str, Any], group: Group) -> None:

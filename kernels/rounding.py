@@ -56,7 +56,7 @@ def with_compensation(param, kahan_comp, DTYPE: tl.constexpr):
     A little less is compared: the compensation is rounded too, and may have become half a unit of the parameter.
     """
     is_its = nearest(param + 0.99951171875 * kahan_comp, DTYPE) == param
-    return param + tl.where(is_its & (kahan_comp != 0), kahan_comp, -0.0)  # of which -0.0 stays what it is
+    return param - tl.where(is_its & (kahan_comp != 0), -kahan_comp, 0.0)  # -0.0 - 0.0 is -0.0, plus it is 0.0
 
 
 @triton.jit

@@ -18,9 +18,12 @@ NUMBERS = [1, 2, 15, 16, 17, 2**31 - 1, 2**31, 2**40]
 
 
 def compiled_for(kernel):
-    """The targets: every one for Adam and for the ordinary signatures, one for the modes of other optimizers."""
-    everywhere = kernel.dtypes in DTYPES or kernel.optimizer.kernel == "adam"
-    return list(TARGETS) if everywhere else ["sm_90"]
+    """The targets: every one for the ordinary signatures and for Adam, one for the modes of SGD and some of others'."""
+    rule = kernel.optimizer.kernel
+    if kernel.dtypes in DTYPES or rule == "adam":
+        return list(TARGETS)
+    few = ("bfloat16-master_weights", "bfloat16-kahan", "bfloat16-rounding=stochastic")
+    return ["sm_90"] if rule == "sgd" or kernel.dtypes in few else []
 
 
 def update_report(kernel, target):

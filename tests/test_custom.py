@@ -134,7 +134,33 @@ BROKEN = {
     "returns 2 scalars, but the class has 1": {"kernel": (two_scalars, update)},
     "returns 1 scalar states, but 2 are declared": {"scalar_states": ("step", "other")},
     "declares 'momentum', but its defaults have no such key": {"hyperparameters": ("lr", "momentum")},
+    "declares the state 'master_param'": {"states": ("master_param",)},
+    "declares the state 'rounding_step'": {"scalar_states": ("rounding_step",)},
 }
+
+
+def test_a_default_of_an_option_that_all_have_is_an_error():
+    with pytest.raises(TypeError, match="Whole has a default for 'seed'"):
+        Whole([torch.zeros(1)], seed=0.5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_state_of_its_own_dtype_stays(backend):
+    """Unless `state_dtype` asks for another."""
+
+    def init_state(self, param, state, group):
+        state.setdefault("memory", torch.zeros_like(param, dtype=torch.float64))
+        state.setdefault("step", 0.0)
+
+    own = type("Own", (Whole,), {"init_state": init_state})
+    for option, expected in ((None, torch.float64), (torch.bfloat16, torch.bfloat16)):
+        param = torch.nn.Parameter(torch.ones(3, device=DEVICE))
+        optimizer = own([param])
+        optimizer.backend = backend
+        optimizer.param_groups[0]["state_dtype"] = option
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+        assert optimizer.state[param]["memory"].dtype == expected
 
 
 def test_a_whole_declaration_is_no_error():

@@ -198,7 +198,10 @@ def test_rounding_step_counts_the_steps_of_its_parameter(backend):
     params[1].grad = None
     optimizer.step()
     counts = [optimizer.state_dict()["state"][i]["rounding_step"] for i in range(2)]
-    assert [(count.item(), count.shape, count.dtype) for count in counts] == [(2, (), FP32), (1, (), FP32)]
+    assert [(count.item(), count.shape, count.dtype) for count in counts] == [
+        (2, (), torch.float64),
+        (1, (), torch.float64),
+    ]
 
 
 def master(backend, values=(1.0, -3.0, 0.3), **options):
@@ -374,6 +377,7 @@ EXCLUSIVE = [
     (BF16, {"seed": 2**64}, "Invalid seed"),
     (BF16, {"seed": 1.0}, "seed of group 0 must be an int"),
     (BF16, {"seed": True}, "seed of group 0 must be an int"),
+    (BF16, {"kahan": "no"}, "kahan of group 0 must be True or False"),
     (BF16, {"master_weight": True}, "unexpected keyword argument 'master_weight'"),
 ]
 
@@ -473,3 +477,71 @@ def test_distributed_checkpoints(name, backend, flatten, mode):
     train_model(model, optimizer, range(2, 4))
     train_model(other_model, other, range(2, 4))
     assert [bits(param) for param in other_model.parameters()] == [bits(param) for param in model.parameters()]
+
+
+def test_an_error_is_raised_again_and_the_option_not_lost(backend):
+    """A step that fails leaves what is new to the next one."""
+    param = between_two(4)
+    optimizer = fusedopt.SGD([param], lr=1.0, backend=backend)
+    optimizer.step()
+    optimizer.param_groups[0].update(kahan=True, master_weights=True)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="choose one"):
+            optimizer.step()
+    optimizer.param_groups[0]["kahan"] = False
+    optimizer.param_groups[0]["params"].append("none")
+    with pytest.raises(TypeError, match="must be a Tensor"):
+        optimizer.step()
+    optimizer.param_groups[0]["params"].pop()
+    optimizer.step()
+    assert "master_param" in optimizer.state[param]
+
+
+@pytest.mark.parametrize("options", [{}, {"kahan": True}, {"master_weights": True}], ids=str)
+def test_a_step_of_nothing_keeps_negative_zeros(backend, options):
+    param = torch.nn.Parameter(torch.tensor([-0.0, 0.0, -1.0], dtype=BF16, device=DEVICE))
+    optimizer = fusedopt.SGD([param], lr=0.0, backend=backend, **options)
+    before = bits(param)
+    for _ in range(2):
+        param.grad = torch.zeros_like(param)
+        optimizer.step()
+        assert bits(param) == before
+
+
+def test_what_does_not_round_counts_alike(backend):
+    """fp32 beside bf16, in a group that rounds at random: if it becomes bf16 later, both backends draw the same."""
+    wide = torch.nn.Parameter(torch.ones(3, device=DEVICE))
+    optimizer = fusedopt.Adam([wide, between_two(3)], rounding="stochastic", backend=backend)
+    wide.grad = torch.ones_like(wide)
+    for _ in range(3):
+        optimizer.step()
+    assert optimizer.state[wide]["rounding_step"] == 3
+
+
+def test_groups_have_only_the_options_that_differ(backend):
+    """So that checkpoints of torch.optim, which lack them, can be loaded key by key."""
+    params = make_params(BF16)
+    optimizer = fusedopt.SGD(params, lr=0.1, momentum=0.9, backend=backend)
+    assert optimizer.param_groups[0].keys() == torch.optim.SGD(params, lr=0.1).param_groups[0].keys()
+    optimizer = fusedopt.SGD([{"params": params, "kahan": False}], lr=0.1, kahan=True, seed=0, backend=backend)
+    assert not optimizer.param_groups[0].keys() & {"kahan", "seed"}
+    train(optimizer, range(1))
+    assert len(optimizer.state) == 0
+
+
+def test_a_checkpoint_without_the_options_leaves_them_on(backend):
+    plain = fusedopt.AdamW(make_params(BF16), backend=backend)
+    train(plain, range(2))
+    ours = fusedopt.AdamW(twin_params(plain), master_weights=True, backend=backend)
+    ours.load_state_dict(saved_and_loaded(plain.state_dict()))
+    train(ours, range(2, 3))
+    assert all("master_param" in ours.state[param] for param in params_of(ours))
+
+
+def test_parameters_that_come_later(backend):
+    optimizer = fusedopt.AdamW([{"params": []}], master_weights=True, backend=backend)
+    optimizer.param_groups[0]["params"] += make_params(BF16)
+    train(optimizer, range(1))
+    assert all("master_param" in state for state in optimizer.state.values())
+    lazy = torch.nn.LazyLinear(3, dtype=BF16, device=DEVICE)
+    fusedopt.AdamW(lazy.parameters(), state_dtype=FP16, kahan=True, backend="eager")

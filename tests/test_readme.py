@@ -1,17 +1,24 @@
 """The README's code runs, and its tables say what the classes declare."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from cases import CASES
+from cases import CASES, MODES, Case, Mode
+from compiled_kernels import compiled_for
 
 import fusedopt
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from bench.machine_code import kernel_in, kernels_of
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+MODE_ROWS = re.findall(r"^\| (fp32|bf16) \| (.*?) ?\| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", README, re.MULTILINE)
 ROWS = re.findall(r"^\| (`\w+`.*?) \| (.*?) \| (\d+) \| ", README, re.MULTILINE)
 
 
@@ -42,6 +49,31 @@ def test_table_of_optimizers(classes, states, bytes_moved):
     assert int(bytes_moved) == 4 * (2 + 1 + 2 * len(names))
     for name in re.findall(r"`(\w+)`", classes):
         assert any(_states(case) == set(names) for case in CASES if case.optimizer == name), f"{name} never has {names}"
+
+
+BY_STATES = [
+    Case("SGD"),
+    Case("SGD", {"momentum": 0.9}),
+    Case("AdamW"),
+    Case("AdamW", {"amsgrad": True}),
+]
+
+
+@pytest.mark.parametrize(("weights", "options", "bytes_moved"), [(w, o, b) for w, o, *b in MODE_ROWS])
+def test_table_of_modes(weights, options, bytes_moved):
+    """The bytes follow from the declaration. The kernels are among those whose machine code is counted."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[weights]
+    mode = Mode(dtype, eval(f"dict({options.strip('`')})", {"torch": torch}))
+    kernels = [kernel_in(case, mode) for case in BY_STATES]
+    assert [kernel.bytes_per_element for kernel in kernels] == list(map(int, bytes_moved))
+    compiled = {
+        (kernel.optimizer.kernel, kernel.signature) for kernel in kernels_of(CASES, MODES) if compiled_for(kernel)
+    }
+    assert compiled.issuperset((kernel.optimizer.kernel, kernel.signature) for kernel in kernels)
+
+
+def test_every_mode_of_the_table_is_read():
+    assert len(MODE_ROWS) == 9
 
 
 def test_every_optimizer_is_in_the_table():

@@ -75,16 +75,18 @@ def test_round_trip(name, backend, flatten):
     assert [bits(param) for param in other_model.parameters()] == [bits(param) for param in model.parameters()]
 
 
+@pytest.mark.parametrize("flatten", [False, True], ids=["nested", "flat"])
 @pytest.mark.parametrize("to_torch", [True, False], ids=["to torch", "from torch"])
-def test_between_torch_and_us(name, backend, to_torch):
+def test_between_torch_and_us(name, backend, to_torch, flatten):
+    how = StateDictOptions(flatten_optimizer_state_dict=flatten)
     model = make_model()
     mine = make(name, model.parameters(), backend=backend, **options(name))
     theirs = make_torch(name, model.parameters(), **options(name))
     first, second = (mine, theirs) if to_torch else (theirs, mine)
     train(model, first, range(3))
-    saved = copy.deepcopy(get_optimizer_state_dict(model, first))
+    saved = copy.deepcopy(get_optimizer_state_dict(model, first, options=how))
     model.zero_grad()
-    set_optimizer_state_dict(model, second, saved)
+    set_optimizer_state_dict(model, second, saved, options=how)
     uninterrupted = make_model()
     train(uninterrupted, make_torch(name, uninterrupted.parameters(), **options(name)), range(5))
     train(model, second, range(3, 5))

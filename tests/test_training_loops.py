@@ -217,6 +217,16 @@ def test_a_subclass_made_at_run_time(name, backend):
     assert repr(mine).startswith(f"Fused{name} (\nbackend: {backend}")
 
 
+@every_optimizer
+def test_an_object_of_torchs_class_becomes_one_of_ours(name):
+    mine, theirs = (make_torch(name, make_params()) for _ in range(2))
+    train(mine, range(1))
+    mine.__class__ = getattr(fusedopt, name)
+    train(mine, range(1, 3))
+    train(theirs, range(3))
+    assert_same(mine, theirs)
+
+
 class Wrapper:
     """As Lightning and Fabric do: an instance that poses as a subclass of the optimizer's class."""
 
