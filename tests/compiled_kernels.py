@@ -18,12 +18,13 @@ NUMBERS = [1, 2, 15, 16, 17, 2**31 - 1, 2**31, 2**40]
 
 
 def compiled_for(kernel):
-    """The targets: every one for the ordinary signatures and for Adam, one for the modes of SGD and some of others'."""
-    rule = kernel.optimizer.kernel
-    if kernel.dtypes in DTYPES or rule == "adam":
+    """The targets: every one for the ordinary signatures; for the modes some, more for SGD and Adam than for others."""
+    if kernel.dtypes in DTYPES:
         return list(TARGETS)
-    few = ("bfloat16-master_weights", "bfloat16-kahan", "bfloat16-rounding=stochastic")
-    return ["sm_90"] if rule == "sgd" or kernel.dtypes in few else []
+    few = kernel.dtypes in ("bfloat16-master_weights", "bfloat16-kahan", "bfloat16-rounding=stochastic")
+    if kernel.optimizer.kernel in ("sgd", "adam"):
+        return list(TARGETS) if few else ["sm_90"]
+    return ["sm_90"] if few else []
 
 
 def update_report(kernel, target):

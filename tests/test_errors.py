@@ -267,7 +267,7 @@ def test_hyperparameter_that_is_no_number(name, backend, steps):
     optimizer, _ = make_three(name, backend, steps)
     group = optimizer.param_groups[1]
     for key in optimizer.hyperparameters:
-        good = group[key]
+        good = {**optimizer.optional, **group}[key]
         for bad in ["fast", "0.5", [1, 2], 1j, {}]:
             if not (isinstance(good, tuple) and bad == [1, 2]):  # that may be a pair of betas
                 group[key] = bad

@@ -73,8 +73,11 @@ COPIES = {
 }
 
 
-@every_mode
-@pytest.mark.parametrize("how", COPIES)
+COPIED = [(mode, "file") for mode in MODES]
+COPIED += [(mode, how) for mode in MODES if mode.dtype == BF16 and len(mode.options) == 1 for how in COPIES]
+
+
+@pytest.mark.parametrize(("mode", "how"), COPIED, ids=[f"{mode.id}-{how}" for mode, how in COPIED])
 def test_a_resumed_run_gives_the_bits_of_an_unbroken_one(mode, backend, how):
     unbroken, first = make(mode, backend), make(mode, backend)
     train(unbroken, range(4))
@@ -457,7 +460,7 @@ def states_of(model, optimizer):
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("flatten", [False, True], ids=["nested", "flat"])
 @every_mode
-@pytest.mark.parametrize("name", ["SGD", "Adagrad", "AdamW", "Rprop"])
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
 def test_distributed_checkpoints(name, backend, flatten, mode):
     """All extra states arrive, and training goes on with the same bits."""
     how = StateDictOptions(flatten_optimizer_state_dict=flatten)

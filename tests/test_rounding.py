@@ -161,8 +161,8 @@ def test_finite_numbers_become_infinite_only_where_nearest_does(convert, dtype, 
 DRAWS = 1_000_000
 
 
-@pytest.mark.parametrize("share", [1 / 65536, 0.01, 0.25, 0.5, 0.75, 0.99, 1 - 1 / 65536], ids=str)
-@pytest.mark.parametrize("at", [1.0, -1.5, 3e4, 0.0, 1e-7], ids=str)
+@pytest.mark.parametrize("share", [1 / 65536, 0.01, 0.5, 0.75, 1 - 1 / 65536], ids=str)
+@pytest.mark.parametrize("at", [-1.5, 3e4, 1e-7], ids=str)
 @both_ways
 @both_dtypes
 def test_unbiased(convert, dtype, at, share, device):
