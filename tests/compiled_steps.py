@@ -1,10 +1,12 @@
 """Steps whose kernels are compiled for a GPU that is not there: the launches end before the device.
 
-Runs in a process without TRITON_INTERPRET and prints, as JSON, the name of every compiled kernel and how many
-versions of each the runtime asked for. The tensors lie on the CPU; nobody reads through their addresses.
+Runs in a process without TRITON_INTERPRET. Takes options of the optimizer as JSON, and prints as JSON the name of every
+compiled kernel and how many versions of each the runtime asked for. The tensors lie on the CPU; nobody reads through
+their addresses.
 """
 
 import json
+import sys
 from collections import Counter
 
 import torch
@@ -41,30 +43,32 @@ def compile_only(kernel, programs, *args, **options):
     compiled[name] = sum(len(caches[0]) for caches in kernel.device_caches.values())
 
 
-def parameters(sizes, dtype=torch.float32):
-    params = [torch.nn.Parameter(torch.ones(size, dtype=dtype)) for size in sizes]
+def parameters(sizes):
+    params = [torch.nn.Parameter(torch.ones(size, dtype=torch.bfloat16)) for size in sizes]
     for param in params:
         param.grad = torch.ones_like(param)
     return params
 
 
 def main():
+    options = json.loads(sys.argv[1])
     driver.set_active(AbsentGPU())
     backend.triton_interprets = lambda: True  # lets tensors on the CPU through; tables.py goes on with a GPU's tiling
     tables.launch = compile_only
 
     for count in (1, 2, 3, 15, 16, 17, 33, 200):
         params = parameters(range(count))
-        optimizer = fusedopt.AdamW(params, lr=0.1 * count, backend="triton")
+        optimizer = fusedopt.AdamW(params, lr=0.1 * count, backend="triton", **options)
         for step in range(6):
             optimizer.param_groups[0]["lr"] = 0.5**step
             optimizer.param_groups[0]["betas"] = (0.5, 1 - 0.5**step)
             optimizer.param_groups[0]["weight_decay"] = float(step)
+            optimizer.param_groups[0]["seed"] = 2**64 - 1 >> 16 * step
             params[0].grad = None if step % 2 else torch.ones_like(params[0])
             if step == 3:
                 optimizer.add_param_group({"params": parameters([1, 16, 4097])})
-                unaligned = torch.nn.Parameter(torch.ones(18)[1:])
-                unaligned.grad = torch.ones(17)
+                unaligned = torch.nn.Parameter(torch.ones(18, dtype=torch.bfloat16)[1:])
+                unaligned.grad = torch.ones_like(unaligned)
                 optimizer.add_param_group({"params": [unaligned], "lr": 1})
             optimizer.step()
     print(json.dumps({"compiled": compiled, "launches": launches}))

@@ -250,7 +250,7 @@ def test_eager_equals_torch(case, data):
 
 
 @in_torch
-@budget(550)
+@budget(420)
 @given(data=st.data())
 def test_triton_equals_torch(case, data):
     fuzz(case, "triton", data.draw)
