@@ -118,10 +118,10 @@ def _widen(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _narrow(tensor: Tensor, work: Tensor) -> None:
+    if work is tensor:
+        return
     if tensor.layout == torch.strided and layout.is_raw(tensor):
         tensor = layout.as_real(tensor)
-        if tensor.data_ptr() == work.data_ptr():
-            return
     elif tensor.is_complex():
         work = torch.view_as_complex(work)
     tensor.copy_(work)

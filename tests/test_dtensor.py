@@ -1,0 +1,68 @@
+"""Parameters that FSDP2 has made DTensors, on one rank: the reference steps them as it steps plain tensors."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from cases import BF16, FP32, MODES
+from twins import OPTIMIZERS, make
+
+import fusedopt
+
+pytest.importorskip("torch.distributed.fsdp")
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this PyTorch has no distributed package")
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def make_models(mesh, dtype):
+    torch.manual_seed(0)
+    plain = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Tanh(), torch.nn.Linear(3, 2)).to(dtype)
+    sharded = torch.distributed.fsdp.fully_shard(copy.deepcopy(plain), mesh=mesh)
+    return sharded, plain
+
+
+def step_both(models, optimizers, dtype):
+    """The same gradients for both: those of the sharded model."""
+    sharded, plain = models
+    sharded(torch.ones(5, 4, dtype=dtype)).square().mean().backward()
+    for param, twin in zip(sharded.parameters(), plain.parameters(), strict=True):
+        twin.grad = param.grad.full_tensor().clone()
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+MADE = [(name, dtype, {}) for name in OPTIMIZERS for dtype in (FP32, BF16)]
+MADE += [("AdamW", mode.dtype, mode.options) for mode in MODES if "rounding" not in mode.options]
+
+
+@pytest.mark.parametrize(("name", "dtype", "options"), MADE, ids=str)
+def test_steps_like_plain_tensors(name, dtype, options, mesh):
+    models = make_models(mesh, dtype)
+    optimizers = [make(name, model.parameters(), lr=0.1, **options) for model in models]
+    before = [param.detach().clone() for param in models[1].parameters()]
+    for _ in range(3):
+        step_both(models, optimizers, dtype)
+    assert not all(map(torch.equal, before, models[1].parameters()))
+    for param, twin in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(param.full_tensor(), twin)
+        mine, states = (optimizer.state[p] for optimizer, p in zip(optimizers, (param, twin), strict=True))
+        for key in states.keys() - {*optimizers[1].scalar_states}:
+            assert mine[key].placements == param.placements
+            assert torch.equal(mine[key].full_tensor(), states[key]), key
+
+
+def test_stochastic_rounding_says_that_it_cannot(mesh):
+    model, _ = make_models(mesh, BF16)
+    optimizer = fusedopt.AdamW(model.parameters(), rounding="stochastic")
+    model(torch.ones(5, 4, dtype=BF16)).sum().backward()
+    with pytest.raises(RuntimeError, match=r"rounding='stochastic' does not support parameter 0 of group 0.*DTensor"):
+        optimizer.step()
+    assert len(optimizer.state) == 0
