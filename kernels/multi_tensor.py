@@ -143,14 +143,14 @@ def update_tile(
     param, states = UPDATE(param, grad, states, scalars, STATES)
     tl.static_assert(len(states) == len(STATES), "the rule returns another number of states than the class has")
 
-    if KEPT == "master_param":
-        store(kept_ptr + offsets, param, mask)
-    elif KEPT == "kahan_comp":
-        store(kept_ptr + offsets, param - nearest(param, PARAM), mask)
     if STOCHASTIC and PARAM.primitive_bitwidth == 16 and KEPT is None:
         store_stochastic(param_ptr + offsets, param, random_bits(draw, 0, first + start, lanes), mask)
     else:
         store(param_ptr + offsets, param, mask)
+    if KEPT == "master_param":
+        store(kept_ptr + offsets, param, mask)
+    elif KEPT == "kahan_comp":
+        store(kept_ptr + offsets, param - nearest(param, PARAM), mask)
     for i in tl.static_range(len(STATES)):
         if STATES[i] is not None:
             if STOCHASTIC and STATES[i].primitive_bitwidth == 16:
