@@ -59,7 +59,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             different seeds to optimizers that step different parameters.
 
     The last five are keys of the param groups and may differ between them. A group has them where they differ from
-    their defaults; where a loaded one has none, this optimizer's stay.
+    their defaults, and the seed of stochastic rounding; where a loaded one has none, this optimizer's stay.
 
     State:
         Beside those of the class, ``master_param`` (fp32) or ``kahan_comp`` (of the parameter's dtype) for 16-bit
@@ -228,7 +228,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         for key, default in self._optional.items():
-            if key in group and group[key] == default:
+            saved = key == "seed" and precision.is_stochastic(group)  # a resumed run needs it
+            if key in group and group[key] == default and not saved:
                 del group[key]
         try:
             self._check_group(len(self.param_groups) - 1)

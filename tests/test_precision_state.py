@@ -275,3 +275,19 @@ def test_a_checkpoint_without_the_options_leaves_them_on(backend):
     ours.load_state_dict(saved_and_loaded(plain.state_dict()))
     train(ours, range(2, 3))
     assert all("master_param" in ours.state[param] for param in params_of(ours))
+
+
+def test_the_seed_is_saved(backend):
+    """So that a resumed run rounds as the unbroken one does, whatever the new optimizer was given."""
+    unbroken, first = ([between_two()] for _ in range(2))
+    optimizers = [stochastic_sgd(params, backend) for params in (unbroken, first)]
+    for optimizer in optimizers:
+        optimizer.step()
+    assert optimizers[1].param_groups[0]["seed"] == 0
+    resumed = twin_params(optimizers[1])
+    other = stochastic_sgd(resumed, backend, seed=9)
+    other.load_state_dict(saved_and_loaded(optimizers[1].state_dict()))
+    for params, optimizer in ((unbroken, optimizers[0]), (resumed, other)):
+        params[0].grad = torch.full_like(params[0], 2**-9)
+        optimizer.step()
+    assert bits(unbroken[0]) == bits(resumed[0])
