@@ -96,8 +96,9 @@ def check_group(group: Group, index: int) -> None:
         raise ValueError(
             f"master_weights and kahan of group {index}: both keep what rounding a 16-bit parameter loses, choose one"
         )
-    is_complex = any(isinstance(param, Tensor) and param.dtype.is_complex for param in group["params"])
-    if dtype in (torch.bfloat16, torch.float16) and is_complex:
+    if dtype in (torch.bfloat16, torch.float16) and any(
+        isinstance(param, Tensor) and param.dtype.is_complex for param in group["params"]
+    ):
         raise ValueError(
             f"state_dtype={dtype} of group {index}: states of its complex parameters are complex, "
             "and torch does not compute with complex numbers of so few bits"

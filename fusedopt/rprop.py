@@ -10,12 +10,10 @@ from torch.optim.optimizer import ParamsT
 
 from .checks import check_lr
 from .optimizer import FusedOptimizer, Group, Scalars, States
-from .precision import state_dtype
+from .precision import CommonOptions, state_dtype
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-    from .precision import CommonOptions
 
 
 class Rprop(FusedOptimizer):

@@ -9,12 +9,10 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .optimizer import FusedOptimizer, Group, Scalars, States
-from .precision import state_dtype
+from .precision import CommonOptions, state_dtype
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-    from .precision import CommonOptions
 
 
 class SGD(FusedOptimizer):

@@ -12,7 +12,10 @@ import torch
 for package in ("matplotlib", "tabulate", "tqdm"):
     pytest.importorskip(package, reason=f"the textbook needs {package}: pip install -e .[demo]")
 
-from fusedopt.textbook import cli, data, forms, train
+from test_textbook import no_data  # noqa: F401
+from test_textbook import textbook as command  # noqa: F401
+
+from fusedopt.textbook import data, forms, train
 
 # Not part of the project: in a folder beside the checkout, or where the environment says.
 BESIDE = Path(__file__).parents[2] / "shared/data/airfoil_self_noise.dat"
@@ -20,21 +23,9 @@ FILE = os.environ.get("FUSEDOPT_AIRFOIL") or (str(BESIDE) if BESIDE.exists() els
 airfoil = pytest.mark.skipif(not FILE, reason="needs the airfoil data: name the file in FUSEDOPT_AIRFOIL")
 
 
-@pytest.fixture(autouse=True)
-def no_data(monkeypatch):
-    monkeypatch.delenv("FUSEDOPT_AIRFOIL", raising=False)
-
-
 @pytest.fixture
-def textbook(tmp_path, capsys):
-    def run(*arguments):
-        try:
-            code = cli.main(["train", *map(str, arguments), "--out", str(tmp_path / "out")])
-        except SystemExit as end:
-            code = end.code
-        return code, *capsys.readouterr()
-
-    return run
+def textbook(command):  # noqa: F811
+    return partial(command, "train")
 
 
 @pytest.fixture
