@@ -18,6 +18,7 @@ import torch
 
 from fusedopt import FusedOptimizer
 from fusedopt.hyper import count_numbers
+from fusedopt.options import option
 from fusedopt.precision import is_stochastic, kept_state, state_dtype
 from fusedopt.tables import LAUNCH_OPTIONS, PREPARE_BLOCK_SIZE, Signature, rule
 
@@ -41,7 +42,14 @@ TABLES = {
     "scalar_states_ptr": torch.int64,
     "hyper_ptr": torch.float64,
     "hyper_tensors_ptr": torch.int64,
+    "limits_ptr": torch.float64,
+    "grad_scale_ptr": torch.float32,
+    "found_inf_ptr": torch.float32,
+    "partials_ptr": torch.float64,
     "scalars_ptr": torch.float64,
+    "control_ptr": torch.float64,
+    "grad_norm_ptr": torch.float64,
+    "skipped_steps_ptr": torch.int64,
     "rows_ptr": torch.int64,
     "chunks_ptr": torch.int32,
 }
@@ -133,6 +141,7 @@ def kernel_of(
         tuple(state if optimizer.uses(name, group) else None for name in optimizer.states),
         kept_state(torch.empty(0, dtype=param), group),
         is_stochastic(group),
+        option(group, "ema_decay") is not None,
     )
     n_hyper = count_numbers(optimizer.defaults[name] for name in optimizer.hyperparameters)
     return Kernel(type(optimizer), signature, name, n_hyper)
@@ -149,7 +158,9 @@ def compile_prepare(kernel: Kernel, target: str, *, hyper_tensors: bool) -> Mach
     """The `prepare` kernel of the same rule, which has but one signature."""
     from fusedopt.kernels import multi_tensor
 
-    return _compile(multi_tensor.prepare, {"n_tensors": 17, **_prepare_constants(kernel, hyper_tensors)}, target)
+    return _compile(
+        multi_tensor.prepare, {"n_tensors": 17, "n_partials": 17, **_prepare_constants(kernel, hyper_tensors)}, target
+    )
 
 
 def specializations(kernel: Kernel, target: str, number: int) -> list[str]:
@@ -159,7 +170,7 @@ def specializations(kernel: Kernel, target: str, number: int) -> list[str]:
     update, prepare = _update_constants(kernel), _prepare_constants(kernel, hyper_tensors=False)
     return [
         str(_specialization(multi_tensor.update, {"first_tensor": number, **update}, target)),
-        str(_specialization(multi_tensor.prepare, {"n_tensors": number, **prepare}, target)),
+        str(_specialization(multi_tensor.prepare, {"n_tensors": number, "n_partials": number, **prepare}, target)),
     ]
 
 

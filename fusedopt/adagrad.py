@@ -11,7 +11,8 @@ from torch.optim.optimizer import ParamsT
 from .checks import check_lr, check_not_negative
 from .layout import scalar_dtype
 from .optimizer import FusedOptimizer, Group, Scalars, States
-from .precision import CommonOptions, state_dtype
+from .options import CommonOptions
+from .precision import state_dtype
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

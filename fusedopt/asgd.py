@@ -15,7 +15,7 @@ from .optimizer import FusedOptimizer, Group, Scalars, States
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .precision import CommonOptions
+    from .options import CommonOptions
 
 
 class ASGD(FusedOptimizer):

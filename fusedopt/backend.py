@@ -43,6 +43,11 @@ def why_no_kernels(param: Tensor, *, interpreted: bool = False) -> str | None:
     return None
 
 
+def is_capturing() -> bool:
+    """Whether what is launched now becomes part of a CUDA graph."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 @cache
 def triton_is_installed() -> bool:
     """Whether Triton can be imported. Asked once, and quietly."""

@@ -8,14 +8,17 @@ import textwrap
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from .averaging import EMA, EMA_STEP
 from .hyper import count_numbers
-from .precision import DEFAULTS, RESERVED
+from .options import DEFAULTS
+from .precision import KAHAN_COMP, MASTER_PARAM, ROUNDING_STEP
 
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
 
 DECLARED = ("kernel", "hyperparameters")
 EQUATIONS = ("scalars", "reference")
+RESERVED = (ROUNDING_STEP, MASTER_PARAM, KAHAN_COMP, EMA_STEP, EMA)  # states of every optimizer
 
 
 def check_declaration(optimizer: type[FusedOptimizer], base: type[FusedOptimizer], defaults: dict[str, Any]) -> None:

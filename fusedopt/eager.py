@@ -2,23 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from . import layout, rounding
+from .averaging import EMA, EMA_STEP
 from .hyper import Number
-from .precision import KAHAN_COMP, MASTER_PARAM
+from .precision import KAHAN_COMP, MASTER_PARAM, ROUNDING_STEP
 
 if TYPE_CHECKING:
+    from .gate import Gate
     from .optimizer import FusedOptimizer, Scalars
     from .plan import Entry, Live, Row
 
 
-def step(optimizer: FusedOptimizer, entries: Sequence[Entry], live: Live, hyper: Sequence[tuple[Number, ...]]) -> None:
+def read_gradients(entries: Sequence[Entry], live: Live, gate: Gate) -> None:
+    """Tell the gate what the gradients of this backend are like."""
+    grads = zip(entries, live.grads, strict=True)
+    gate.add([(entry.name, grad) for entry, grad in grads if grad is not None and not entry.kernels])
+
+
+def step(
+    optimizer: FusedOptimizer,
+    entries: Sequence[Entry],
+    live: Live,
+    hyper: Sequence[tuple[Number, ...]],
+    gate: Gate,
+) -> None:
     """Step every parameter that has a gradient and is not the kernels'."""
+    factor = 1.0
+    if not gate.is_open:
+        skip, factor = gate.decide()
+        if skip:
+            return
     advance = _Scalars(optimizer, hyper)
     reference = optimizer.reference
     group = -1
@@ -32,9 +51,11 @@ def step(optimizer: FusedOptimizer, entries: Sequence[Entry], live: Live, hyper:
             elif entry.group != group:
                 group, scalars = entry.group, advance.without_states(entry.group)
             if entry.plain:
-                reference(param, grad, entry.pick_states(row), scalars)
+                reference(param, grad if factor == 1 else grad * factor, entry.pick_states(row), scalars)
             else:
-                _widened(optimizer, entry, param, grad, row, scalars)
+                weights = _widened(optimizer, entry, param, (grad, factor), row, scalars)
+                if entry.averaged:
+                    _average(entry, row, weights, float(hyper[entry.group][-1]))
 
 
 class _Scalars:
@@ -42,7 +63,7 @@ class _Scalars:
 
     def __init__(self, optimizer: FusedOptimizer, hyper: Sequence[tuple[Number, ...]]) -> None:
         self._optimizer = optimizer
-        self._hyper = [tuple(map(float, row)) for row in hyper]
+        self._hyper = [tuple(map(float, row[:-1])) for row in hyper]
         self._computed: dict[tuple[int, tuple[float, ...]], tuple[Scalars, Scalars]] = {}
         self._without: dict[int, Scalars] = {}
 
@@ -66,40 +87,66 @@ class _Scalars:
         return self._without[group]
 
 
-def _widened(optimizer: FusedOptimizer, entry: Entry, param: Tensor, grad: Tensor, row: Row, scalars: Scalars) -> None:
-    """Convert what is stored in another dtype to that of the arithmetic, and round once when it is stored again."""
+def _widened(
+    optimizer: FusedOptimizer,
+    entry: Entry,
+    param: Tensor,
+    scaled_grad: tuple[Tensor, float],
+    row: Row,
+    scalars: Scalars,
+) -> Tensor:
+    """Convert what is stored in another dtype to that of the arithmetic, and round once when it is stored again.
+
+    Args:
+        scaled_grad: the gradient, and what it is multiplied by.
+
+    Returns:
+        The new weights, with what rounding the parameter loses if that is kept.
+    """
     dtype = layout.compute_dtype(param)
+    named = dict(zip(entry.names, row, strict=True))
     stored: Sequence[Any] = entry.pick_states(row)
+    grad, factor = _widen(scaled_grad[0], dtype), scaled_grad[1]
     work = _widen(param, dtype)
     states: Sequence[Any] = [None if state is None else _widen(state, dtype) for state in stored]
-    kept: Any = row[-1] if entry.kept else None
+    kept: Any = named.get(entry.kept or "")
     stored_dtype = layout.real_dtype(param.dtype)
     if entry.kept == MASTER_PARAM:
         work = rounding.with_master(work, _widen(kept, dtype), stored_dtype)
     elif entry.kept == KAHAN_COMP:
         work = rounding.with_compensation(work, _widen(kept, dtype), stored_dtype)
-    optimizer.reference(work, _widen(grad, dtype), states, scalars)
+    optimizer.reference(work, grad if factor == 1 else grad * factor, states, scalars)
     if entry.kept == MASTER_PARAM:
         _narrow(kept, work)
     elif entry.kept == KAHAN_COMP:
         _narrow(kept, work - rounding.nearest(work, stored_dtype))
 
-    round_ = _Rounding(entry, param, row)
+    round_ = _Rounding(entry, param, named)
     _narrow(param, work if entry.kept else round_(work, stored_dtype, 0))
     for stream, (state, value) in enumerate(zip(stored, states, strict=True), start=1):
         if state is not None:
             _narrow(state, round_(value, layout.real_dtype(state.dtype), stream))
+    return work if entry.kept else _widen(param, dtype)
+
+
+def _average(entry: Entry, row: Row, weights: Tensor, decay: float) -> None:
+    """Move the average of a parameter towards its new weights."""
+    named = dict(zip(entry.names, row, strict=True))
+    ema, ema_step = named[EMA], named[EMA_STEP]
+    average = _widen(ema, weights.dtype)
+    average.lerp_(weights, 1 - decay if ema_step else 1.0)
+    _narrow(ema, average)
+    ema_step.add_(1)
 
 
 class _Rounding:
     """Rounds the values of one parameter and step at random, if its group asks for that."""
 
-    def __init__(self, entry: Entry, param: Tensor, row: Row) -> None:
+    def __init__(self, entry: Entry, param: Tensor, named: Mapping[str, Tensor]) -> None:
         self._seed, self._tensor = entry.seed, entry.index
         if entry.seed is None:
             return
-        rounding_step = row[len(entry.scalar_names) - 1].add_(1)
-        self._step = int(rounding_step)
+        self._step = int(named[ROUNDING_STEP].add_(1))
         # The random numbers follow the elements in the order in which they lie.
         self._stride = layout.dense_stride(param)
         if param.is_complex():

@@ -8,14 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .options import check_group, option
+
 Group = dict[str, Any]
 Number = float | Tensor
+
+_ABSENT = object()
 
 
 class Hyper:
     """One row of numbers a group, in the order of the class's `hyperparameters`; pairs such as `betas` take two places.
 
-    A number may be a one-element tensor. Only its identity is compared, never its value, which may be on a device.
+    The last number of a row is the `ema_decay`, 0 where there is no average. What is one for all groups stands beside
+    the rows. A number may be a one-element tensor. Only its identity is compared, never its value, which may be on a device.
     The `options` have no place in a row, but a change of one counts as a change. What is `optional` a group may lack.
     """
 
@@ -28,24 +33,35 @@ class Hyper:
         self._optional = tuple(optional)
         self._has_no_optional = frozenset(optional).isdisjoint
         self._values: list[Any] = []
+        self._optional_values: list[Any] | None = None
         self._volatile = True
         self.rows: list[tuple[Number, ...]] = []
+        self.max_grad_norm: float | None = None
+        self.skip_nonfinite = False
         self.version = 0  # grows when a number may have changed
 
     @property
     def count(self) -> int:
-        """How many numbers a row has."""
+        """How many numbers of a row are the class's."""
         return count_numbers(self._defaults.values())
 
     def refresh(self, groups: Sequence[Group]) -> bool:
         """Read the groups again; True if something may have changed since the last call."""
         values = list(chain.from_iterable(map(self._read, groups)))
+        optional: list[Any] = []
         if not all(map(self._has_no_optional, groups)):
-            values += [group.get(name) for group in groups for name in self._optional]
-        if not self._volatile and len(values) == len(self._values) and all(map(is_, values, self._values)):
+            optional = [group.get(name, _ABSENT) for group in groups for name in self._optional]
+        same_options = self._optional_values is not None and _same(optional, self._optional_values)
+        if not self._volatile and same_options and _same(values, self._values):
             return False
-        rows = [self._row(index, group) for index, group in enumerate(groups)]
-        self._values, self._volatile, self.rows = values, not all(map(_immutable, values)), rows
+        if not same_options:
+            for index in range(len(groups)):
+                check_group(groups, index)
+        self.rows = [self._row(index, group) for index, group in enumerate(groups)]
+        self.max_grad_norm = option(groups[0], "max_grad_norm") if groups else None
+        self.skip_nonfinite = bool(groups and option(groups[0], "skip_nonfinite"))
+        self._values, self._optional_values = values, optional
+        self._volatile = not all(map(_immutable, chain(values, optional)))
         self.version += 1
         return True
 
@@ -57,7 +73,11 @@ class Hyper:
                 wanted = f"{places} numbers" if places else "one number"
                 raise ValueError(f"{name} of group {index} must be {wanted}, but it is {value!r}")
             row += [_number(number, name, index) for number in (value if places else (value,))]
-        return tuple(row)
+        return (*row, float(option(group, "ema_decay") or 0.0))
+
+
+def _same(values: Sequence[Any], others: Sequence[Any]) -> bool:
+    return len(values) == len(others) and all(map(is_, values, others))
 
 
 def count_numbers(values: Iterable[Any]) -> int:
@@ -84,6 +104,7 @@ def is_number(value: Any) -> bool:
 def _immutable(value: Any) -> bool:
     return (
         value is None
+        or value is _ABSENT
         or isinstance(value, (bool, int, float, str, torch.dtype))
         or (type(value) is tuple and all(map(_immutable, value)))
     )

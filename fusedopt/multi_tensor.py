@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from . import layout
+from .averaging import EMA, EMA_STEP
 from .declaration import count_scalars
 from .precision import ROUNDING_STEP
 from .tables import Item, Signature, Tables, number_address
 
 if TYPE_CHECKING:
+    from .gate import Gate
     from .hyper import Hyper
     from .optimizer import FusedOptimizer
     from .plan import Entry, Live, Row
@@ -39,7 +41,6 @@ class KernelStep:
         together: dict[tuple[int, torch.device], list[Item]] = {}
         for item, turn in zip(items, _turns(extents), strict=True):
             together.setdefault((turn, live.params[item.position].device), []).append(item)
-        self._on_cuda = any(device.type == "cuda" for _, device in together)
         n_scalars = count_scalars(type(optimizer), n_hyper)
         self._tables = [
             Tables(optimizer, together[turn, device], n_scalars, device)
@@ -55,15 +56,15 @@ class KernelStep:
         if not entry.grad_lies_as(stride):
             self._grad_strides[position] = stride
         named = dict(zip(entry.names, row, strict=True))
-        scalar_states = [named.get(name) for name in (*optimizer.scalar_states, ROUNDING_STEP)]
-        states = [named.get(name) for name in optimizer.states]
-        kept = None if entry.kept is None else named[entry.kept]
+        scalar_states = [named.get(name) for name in (*optimizer.scalar_states, ROUNDING_STEP, EMA_STEP)]
+        states = [named.get(name) for name in (*optimizer.states, entry.kept, EMA)]
         signature = Signature(
             layout.real_dtype(param.dtype),
             layout.real_dtype(entry.grad_dtype),
-            tuple(None if state is None else layout.real_dtype(state.dtype) for state in states),
+            tuple(None if state is None else layout.real_dtype(state.dtype) for state in states[:-2]),
             entry.kept,
             entry.seed is not None,
+            entry.averaged,
         )
         return Item(
             position=position,
@@ -72,22 +73,32 @@ class KernelStep:
             numel=param.numel() * (2 if param.is_complex() else 1),
             tensor=entry.index,
             seed=int(np.uint64(entry.seed or 0).view(np.int64)),
-            addresses=tuple(0 if tensor is None else tensor.data_ptr() for tensor in (memory, *states, kept)),
+            addresses=tuple(0 if tensor is None else tensor.data_ptr() for tensor in (memory, *states)),
             scalar_addresses=tuple(map(number_address, scalar_states)),
         )
 
     def is_current(self) -> bool:
-        """Whether every table belongs to the stream that is current."""
+        """Whether every table belongs to the stream that is current, or is kept for the graph that is captured."""
         return all(tables.is_current() for tables in self._tables)
 
-    def run(self, live: Live, hyper: Hyper) -> None:
-        """Step every parameter of the kernels that has a gradient."""
-        if self._on_cuda and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("a step of fusedopt cannot be captured in a CUDA graph yet")
+    @property
+    def device(self) -> torch.device:
+        """Where the first tensors lie."""
+        return self._tables[0].device
+
+    def run(self, live: Live, hyper: Hyper, gate: Gate) -> None:
+        """Step every parameter of the kernels that has a gradient, if the gate lets the step pass."""
+        called = []
         for tables in self._tables:
-            grads = [live.grads[position] for position in tables.positions]
-            if not any(live.has_grad[position] for position in tables.positions):
-                continue
+            if any(live.has_grad[position] for position in tables.positions):
+                grads = [live.grads[position] for position in tables.positions]
+                if self._grad_strides:
+                    grads = list(map(self._lay_grad, tables.positions, grads))
+                tables.read([0 if grad is None else grad.data_ptr() or NO_ELEMENTS for grad in grads], hyper, gate)
+                called.append((tables, grads))  # which keeps gradients that have been laid out anew
+        if gate.reads_gradients:
+            gate.partials += [tables.sum_squares() for tables, _ in called]
+        for tables, grads in called:
             stand_ins = [
                 (self._stand_ins[position], live.params[position])
                 for position in tables.positions
@@ -95,10 +106,7 @@ class KernelStep:
             ]
             for stand_in, param in stand_ins:
                 stand_in.copy_(param)
-            if self._grad_strides:
-                grads = list(map(self._lay_grad, tables.positions, grads))
-            addresses = [0 if grad is None else grad.data_ptr() or NO_ELEMENTS for grad in grads]
-            tables.run(addresses, hyper)
+            tables.step(gate)
             for stand_in, param in stand_ins:
                 param.copy_(stand_in)
             # The kernels write through raw addresses: tell autograd, as any in-place operation would.

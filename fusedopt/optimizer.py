@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -11,10 +12,14 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from . import precision
-from .backend import BACKENDS, triton_is_installed, why_no_kernels
+from .averaging import EMA, EMA_STEP, new_ema, swapped
+from . import backend as backends
+from .backend import BACKENDS, triton_is_installed, use_kernels, why_no_kernels
 from .declaration import check_declaration
+from .gate import SKIPPED_STEPS, Gate
 from .hyper import Hyper, is_number
 from .layout import scalar_dtype
+from .options import DEFAULTS, check_group, option
 from .plan import Live, Plan, used_states
 from .precision import state_dtype
 
@@ -57,13 +62,31 @@ class FusedOptimizer(torch.optim.Optimizer):
         seed: of stochastic rounding, in :math:`[0, 2^{64})`. The random numbers are a function of the seed, the place
             of the parameter among all of the optimizer's, the number of its steps, the state and the element. Give
             different seeds to optimizers that step different parameters.
+        max_grad_norm: at least 0. Multiply all gradients by ``min(1, max_grad_norm / (norm + 1e-6))``, as
+            ``torch.nn.utils.clip_grad_norm_`` does, where the norm is that of the gradients of all parameters
+            together, unscaled. The gradients themselves stay as they are. None does not clip.
+        skip_nonfinite: leave everything as it is in a step for which any gradient has an infinite or NaN element.
+        ema_decay: :math:`\delta \in [0, 1)` of an average of the weights, :math:`a \leftarrow \delta a +
+            (1 - \delta) \theta`, which begins with the weights after the first step and goes on whenever its parameter
+            steps. `swap_ema` evaluates with it. None keeps no average.
 
-    The last five are keys of the param groups and may differ between them. A group has them where they differ from
-    their defaults, and the seed of stochastic rounding; where a loaded one has none, this optimizer's stay.
+    All but `backend` are keys of the param groups. `max_grad_norm` and `skip_nonfinite` are the same in all groups, the
+    others may differ. A group has them where they differ from their defaults, and the seed of stochastic rounding;
+    where a loaded one has none, this optimizer's stay.
+
+    ``torch.amp.GradScaler`` leaves unscaling and skipping to the step where the kernels run for all parameters: by its
+    attributes `grad_scale`, which the gradients are divided by, and `found_inf`, which skips the step unless it is 0.
+    Both are one-element tensors; a step reads them where they are and waits for neither.
+
+    In a CUDA graph the step is captured with the numbers, and for the parameters with gradients, of that moment. What
+    is to change between replays must be a tensor on the device: `lr` and, where the class takes them, others. Make a
+    step before the capture, so that the states are there. The optimizer keeps what the graph reads as long as it lives.
 
     State:
         Beside those of the class, ``master_param`` (fp32) or ``kahan_comp`` (of the parameter's dtype) for 16-bit
-        parameters, and ``rounding_step`` (0-d), which counts the steps of stochastic rounding.
+        parameters; ``rounding_step`` (0-d), which counts the steps of stochastic rounding; ``ema`` (of the parameter's
+        dtype, fp32 for 16-bit ones, from the master weights or the compensated ones where they are kept) and
+        ``ema_step`` (0-d), which counts its updates.
 
     Raises:
         TypeError: the class does not declare what is asked for above, or its parts disagree; `seed` is no int.
@@ -83,6 +106,10 @@ class FusedOptimizer(torch.optim.Optimizer):
     backend: str = "auto"
     _plan: Plan | None = None
     _hyper: Hyper | None = None
+    _grad_norm: Tensor | None = None
+    _may_skip: bool = False  # whether any step could have been skipped
+    _swapped: bool = False
+    _captured: tuple[Plan, ...] = ()  # what graphs read, for as long as they may be replayed
 
     def __init__(
         self,
@@ -95,6 +122,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         kahan: bool = False,
         rounding: str = "nearest",
         seed: int = 0,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        ema_decay: float | None = None,
     ) -> None:
         if backend not in BACKENDS:
             raise ValueError(f"Invalid backend: {backend!r}, choose one of {', '.join(map(repr, BACKENDS))}")
@@ -104,14 +134,17 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise ValueError("fused=False asks for the reference, backend='triton' for the kernels: choose one")
         check_declaration(type(self), FusedOptimizer, defaults)
         self.backend = backend
-        low_precision = {
+        common = {
             "state_dtype": state_dtype,
             "master_weights": master_weights,
             "kahan": kahan,
             "rounding": rounding,
             "seed": seed,
+            "max_grad_norm": max_grad_norm,
+            "skip_nonfinite": skip_nonfinite,
+            "ema_decay": ema_decay,
         }
-        super().__init__(params, {**defaults, **low_precision})
+        super().__init__(params, {**defaults, **common})
         precision.check_effect(self)
 
     @staticmethod
@@ -159,7 +192,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Create the states that a parameter lacks, in the dtypes that its group asks for."""
         missing = [name for name in self.states if state.get(name) is None]
         self.init_state(param, state, group)
-        if precision.option(group, "state_dtype") is not None:  # which a subclass may not have asked for
+        if option(group, "state_dtype") is not None:  # which a subclass may not have asked for
             dtype = state_dtype(param, group)
             state.update({name: state[name].to(dtype) for name in missing if state.get(name) is not None})
         kept = precision.kept_state(param, group)
@@ -167,6 +200,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             state[kept] = precision.new_kept_state(kept, param)
         if precision.is_stochastic(group):
             state.setdefault(precision.ROUNDING_STEP, torch.tensor(0.0, dtype=torch.float64))  # counts beyond 2^24
+        if option(group, "ema_decay") is not None:
+            if state.get(EMA) is None:
+                state[EMA] = new_ema(param)
+                state[EMA_STEP] = 0.0
+            state.setdefault(EMA_STEP, 1.0)  # an average that is there has begun
 
     def check_sparse(self, group: Group, name: str) -> None:
         """Raise unless a step can use a sparse gradient."""
@@ -192,23 +230,86 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._step()
         return loss
 
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The norm of all gradients in the last step, unscaled and before clipping: 0-d, fp64, where the step ran.
+
+        None unless `max_grad_norm` or `skip_nonfinite` asked for it.
+        """
+        return self._grad_norm
+
+    @property
+    def skipped_steps(self) -> Tensor:
+        """How many steps were skipped, on GradScaler's word or by `skip_nonfinite`: 0-d, int64, where the step ran."""
+        return self.param_groups[0].get(SKIPPED_STEPS, torch.tensor(0))
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """What torch.amp.GradScaler asks before it leaves unscaling and skipping to the step."""
+        if self._plan is not None:
+            return self._plan.all_in_kernels
+        return all(use_kernels(self.backend, group, param) for group in self.param_groups for param in group["params"])
+
+    @contextmanager
+    def swap_ema(self) -> Iterator[None]:
+        """Within the context, every parameter has the value of its average, and the average that of its parameter.
+
+        Only values are exchanged, so nothing has to be told to the model. In the end everything is as it was, bit for
+        bit. A parameter of another dtype than its average gets the rounded average, which stays where it is, beside a
+        copy of the parameter. A parameter that has never stepped has no average, and keeps its value.
+
+        Raises:
+            RuntimeError: no group has an `ema_decay`; within the context, for `step`, `state_dict`, `load_state_dict`
+                and another `swap_ema`.
+        """
+        self._check_not_swapped("swap_ema")
+        with swapped(self):
+            self._swapped = True
+            try:
+                yield
+            finally:
+                self._swapped = False
+
+    def _check_not_swapped(self, what: str) -> None:
+        if self._swapped:
+            raise RuntimeError(f"{what} within swap_ema: the parameters have the values of their averages there")
+
     def _step(self) -> None:
+        self._check_not_swapped("step")
         if self._hyper is None:
-            options = (*self.options, *precision.DEFAULTS)
+            options = (*self.options, *DEFAULTS)
             self._hyper = Hyper(self.hyperparameters, options, self.defaults, self._optional)
         hyper = self._hyper
+        capturing = backends.is_capturing()
+        if capturing:
+            self._check_capture()
         try:
-            plan, live = self._planned(hyper)
+            hyper_changed = hyper.refresh(self.param_groups)
+            gate = Gate(self, hyper)
+            if gate.may_skip and not self._may_skip:
+                self._may_skip, self._plan = True, None
+            plan, live = self._planned(hyper, hyper_changed)
         except Exception:
             self._plan = self._hyper = None  # whatever was new to this step is new to the next one too
             raise
         self._plan = plan
-        plan.run(self, live, hyper)
+        if capturing:
+            self._captured = (*self._captured, plan)
+        plan.run(self, live, hyper, gate)
+        self._grad_norm = gate.grad_norm
 
-    def _planned(self, hyper: Hyper) -> tuple[Plan, Live]:
+    def _check_capture(self) -> None:
+        if not all(group.get("capturable", True) for group in self.param_groups):
+            raise RuntimeError(
+                f"{type(self).__name__}.step() is being captured in a CUDA graph, but capturable is False: make the "
+                "optimizer with capturable=True (or set it in every param group), and make a step before the capture"
+            )
+        if not self._step_supports_amp_scaling:
+            raise RuntimeError("a step can be captured in a CUDA graph where the kernels run for all parameters only")
+
+    def _planned(self, hyper: Hyper, hyper_changed: bool) -> tuple[Plan, Live]:
         """The last plan if it still holds, else a new one, and the tensors of this step."""
         plan = self._plan
-        hyper_changed = hyper.refresh(self.param_groups)
         if plan is not None and hyper_changed and used_states(self) != plan.uses:
             plan = None
         live = plan.gather(self) if plan is not None else None
@@ -221,7 +322,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @property
     def _optional(self) -> dict[str, Any]:
-        return {**precision.DEFAULTS, **self.optional}
+        return {**DEFAULTS, **self.optional}
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a param group, as ``torch.optim.Optimizer.add_param_group``."""
@@ -245,7 +346,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise RuntimeError(f"{type(self).__name__} does not support `differentiable`: its step is not traced")
         if group.get("fused") and group.get("foreach"):
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
-        precision.check_group(group, index)
+        check_group(self.param_groups, index)
         for position, param in enumerate(group["params"] if self.backend == "triton" else ()):
             why = why_no_kernels(param, interpreted=True)
             if why is not None:
@@ -257,6 +358,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         Unlike torch's, this keeps the dtype and the bits of every tensor, copies them (later steps leave `state_dict`
         alone), and keeps this optimizer's options where the loaded groups have none.
         """
+        self._check_not_swapped("load_state_dict")
         # Last of the hooks, so that it sees what the user's have made of the dict.
         hook = self.register_load_state_dict_pre_hook(_shield)
         try:
@@ -264,8 +366,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         finally:
             hook.remove()
 
+    def state_dict(self) -> dict[str, Any]:
+        """The state as ``torch.optim.Optimizer.state_dict`` returns it."""
+        self._check_not_swapped("state_dict")
+        return super().state_dict()
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "backend": self.backend}
+        self._check_not_swapped("a copy")
+        return {**super().__getstate__(), "backend": self.backend, "_may_skip": self._may_skip}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         loaded = state["state"]
@@ -325,7 +433,7 @@ def _shield(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dic
 
 
 def _unshield(key: str, value: Any, device: torch.device | None, optimizer: FusedOptimizer) -> Any:
-    scalar_states = (*optimizer.scalar_states, precision.ROUNDING_STEP)
+    scalar_states = (*optimizer.scalar_states, precision.ROUNDING_STEP, EMA_STEP)
     if not isinstance(value, _Shielded):
         number = key in scalar_states and is_number(value)
         return torch.tensor(float(value), dtype=scalar_dtype()) if number else value

@@ -16,16 +16,22 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from . import eager, layout, precision
+from . import backend, eager, layout, precision
+from .averaging import EMA, EMA_STEP, ema_dtype
 from .backend import use_kernels, why_no_kernels
+from .gate import Gate, settled_counter
 from .hyper import Hyper, is_number
 from .multi_tensor import KernelStep
+from .options import option
+from .precision import ROUNDING_STEP
 from .watch import MetaWatch, meta
 
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
 
 Row = tuple[Tensor, ...]
+
+PRECISION = ("state_dtype", "master_weights", "kahan", "rounding", "seed")  # the options that say how states are stored
 
 
 @dataclass(slots=True)
@@ -36,9 +42,10 @@ class Entry:
     group: int
     name: str
     kernels: bool
-    scalar_names: tuple[str, ...]  # the last one is the rounding step, if there is a seed
-    state_names: tuple[str, ...]  # the last one is `kept`, if there is one
+    scalar_names: tuple[str, ...]  # the class's, then those of stochastic rounding and averaging
+    state_names: tuple[str, ...]  # the class's, then `kept` and the average
     kept: str | None  # the state that holds what rounding the parameter loses
+    averaged: bool
     seed: int | None  # of stochastic rounding
     scalar_slots: tuple[int, ...]  # where in a row each of the optimizer's scalar states is, -1 = left out
     pick_states: Callable[[Row], Sequence[Tensor | None]] = field(compare=False)  # from a row, None for absent ones
@@ -79,8 +86,6 @@ class Plan:
     """The entries of an optimizer and how to see that they are what they were."""
 
     def __init__(self, optimizer: FusedOptimizer, hyper: Hyper, previous: Plan | None) -> None:
-        for index, group in enumerate(optimizer.param_groups):
-            precision.check_group(group, index)
         params = _all_params(optimizer)
         known = previous.grad_metas() if previous is not None else {}
         self.entries: list[Entry] = []
@@ -169,12 +174,22 @@ class Plan:
             return None
         return live
 
-    def run(self, optimizer: FusedOptimizer, live: Live, hyper: Hyper) -> None:
-        """Step every parameter that has a gradient."""
+    @property
+    def all_in_kernels(self) -> bool:
+        """Whether the kernels step every parameter that the plan knows."""
+        return not self._has_eager and self._kernels is not None
+
+    def run(self, optimizer: FusedOptimizer, live: Live, hyper: Hyper, gate: Gate) -> None:
+        """Step every parameter that has a gradient, if the gate lets the step pass."""
+        if gate.may_skip:
+            device = torch.device("cpu") if self._kernels is None else self._kernels.device
+            gate.skipped_steps = settled_counter(optimizer, device)
+        if self._has_eager and gate.reads_gradients:
+            eager.read_gradients(self.entries, live, gate)
         if self._kernels is not None:
-            self._kernels.run(live, hyper)
+            self._kernels.run(live, hyper, gate)
         if self._has_eager:
-            eager.step(optimizer, self.entries, live, hyper.rows)
+            eager.step(optimizer, self.entries, live, hyper.rows, gate)
 
     def describes_the_same(self, other: Plan) -> bool:
         """Whether two plans would step the same memory in the same way."""
@@ -199,7 +214,8 @@ def used_states(optimizer: FusedOptimizer) -> list[tuple[Any, ...]]:
         (
             group.get("fused") is not False,
             *(optimizer.uses(name, group) for name in names),
-            *(precision.option(group, name) for name in precision.DEFAULTS),
+            *(option(group, name) for name in PRECISION),
+            option(group, "ema_decay") is not None,
         )
         for group in optimizer.param_groups
     ]
@@ -235,13 +251,16 @@ def _entries(optimizer: FusedOptimizer, known: dict[int, tuple[Any, ...] | None]
     entries: list[Entry] = []
     index = 0
     for group_index, group in enumerate(optimizer.param_groups):
-        seed = precision.option(group, "seed") if precision.is_stochastic(group) else None
+        seed = option(group, "seed") if precision.is_stochastic(group) else None
         scalar_names = tuple(name for name in optimizer.scalar_states if optimizer.uses(name, group))
         scalar_slots = tuple(
             scalar_names.index(name) if name in scalar_names else -1 for name in optimizer.scalar_states
         )
         if seed is not None:
-            scalar_names += (precision.ROUNDING_STEP,)
+            scalar_names += (ROUNDING_STEP,)
+        averaged = option(group, "ema_decay") is not None
+        if averaged:
+            scalar_names += (EMA_STEP,)
         state_names = tuple(name for name in optimizer.states if optimizer.uses(name, group))
         pick_states = _state_picker(optimizer.states, state_names, len(scalar_names))
         for position, param in enumerate(group["params"]):
@@ -263,8 +282,9 @@ def _entries(optimizer: FusedOptimizer, known: dict[int, tuple[Any, ...] | None]
                     name=name,
                     kernels=kernels,
                     scalar_names=scalar_names,
-                    state_names=state_names if kept is None else (*state_names, kept),
+                    state_names=(*state_names, *([] if kept is None else [kept]), *([EMA] if averaged else [])),
                     kept=kept,
+                    averaged=averaged,
                     seed=seed,
                     scalar_slots=scalar_slots,
                     pick_states=pick_states,
@@ -348,11 +368,18 @@ def _settle_states(optimizer: FusedOptimizer, entry: Entry, param: Tensor) -> No
     group = optimizer.param_groups[entry.group]
     state = optimizer.state[param]
     if any(state.get(name) is None for name in entry.names):
+        if backend.is_capturing():
+            raise RuntimeError(
+                f"{entry.name} has no states yet, and a graph that creates them would do so at each replay: "
+                "make a step before the capture"
+            )
         optimizer.create_states(param, state, group)
     for name in entry.scalar_names:
         state[name] = _settled_scalar(state[name], param, entry.kernels)
     if entry.kept is not None:
         state[entry.kept] = state[entry.kept].to(precision.kept_dtype(entry.kept, param.dtype))
+    if entry.averaged:
+        state[EMA] = state[EMA].to(ema_dtype(param.dtype))
     for name in entry.state_names:
         state[name] = _settled_state(state[name], param, entry.kernels)
 
@@ -382,10 +409,11 @@ def _settled_state(value: Tensor, param: Tensor, kernels: bool) -> Tensor:
 
 
 def _is_plain(entry: Entry, param: Tensor, states: Row) -> bool:
-    """Whether the reference can work on the tensors themselves, in their own dtype, and has nothing to count."""
+    """Whether the reference can work on the tensors themselves, in their own dtype, and nothing else is to be done."""
     dtype = layout.compute_dtype(param)
     return (
         entry.seed is None
+        and not entry.averaged
         and all(tensor.dtype == dtype and layout.is_raw(tensor) for tensor in (param, *states))
         and entry.grad_dtype == dtype
     )

@@ -2,46 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .layout import real_dtype
+from .options import option
 
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer, Group
 
-DEFAULTS: Group = {
-    "state_dtype": None,
-    "master_weights": False,
-    "kahan": False,
-    "rounding": "nearest",
-    "seed": 0,
-}
 STATE_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16)
 ROUNDINGS = ("nearest", "stochastic")
 
-# States beside those that a class declares.
 ROUNDING_STEP = "rounding_step"  # how often a tensor has been rounded at random: the counter of its random numbers
 MASTER_PARAM, KAHAN_COMP = "master_param", "kahan_comp"
-RESERVED = (ROUNDING_STEP, MASTER_PARAM, KAHAN_COMP)
-
-
-class CommonOptions(TypedDict, total=False):
-    """The keyword arguments that all optimizers share; `FusedOptimizer` tells what they mean."""
-
-    backend: str
-    state_dtype: torch.dtype | None
-    master_weights: bool
-    kahan: bool
-    rounding: str
-    seed: int
-
-
-def option(group: Group, name: str) -> Any:
-    """One of these options; a group has only those that differ from their defaults."""
-    return group.get(name, DEFAULTS[name])
 
 
 def is_stochastic(group: Group) -> bool:

@@ -13,7 +13,7 @@ from .optimizer import FusedOptimizer, Scalars, States
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .precision import CommonOptions
+    from .options import CommonOptions
 
 
 class RAdam(FusedOptimizer):

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .optimizer import FusedOptimizer, Group, Scalars, States
-from .precision import CommonOptions, state_dtype
+from .options import CommonOptions
+from .precision import state_dtype
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -104,8 +105,9 @@ class SGD(FusedOptimizer):
         super().__init__(params, defaults, **common)
 
     def uses(self, name: str, group: Group) -> bool:
-        if name == "momentum_begun":  # only dampening tells the first step from the others
-            return group["momentum"] != 0 and group["dampening"] != 0 and not group.get("zero_init_momentum")
+        if name == "momentum_begun":  # dampening tells the first step from the others, and state_dict() does
+            told_apart = self._may_skip or group["dampening"] != 0
+            return group["momentum"] != 0 and told_apart and not group.get("zero_init_momentum")
         return group["momentum"] != 0
 
     def init_state(self, param: Tensor, state: dict[str, Any], group: Group) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
@@ -14,16 +14,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import backend
+from .averaging import ema_dtype
 from .backend import triton_interprets
 from .precision import kept_dtype
 
 if TYPE_CHECKING:
+    from .gate import Gate
     from .hyper import Hyper, Number
     from .optimizer import FusedOptimizer
 
 Array = np.ndarray[Any, Any]
 
 PREPARE_BLOCK_SIZE = 128
+SQUARES_BLOCK_SIZE = 1024
+# Programs that add up squares: enough for a large GPU, few for the interpreter. Fixed, so that the sums are too.
+SQUARES_PROGRAMS = {False: 1024, True: 4}
 LAUNCH_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
 
@@ -40,6 +46,13 @@ def rule(optimizer: type[FusedOptimizer]) -> tuple[Any, Any]:
     return optimizer.kernel
 
 
+def triton_type(dtype: torch.dtype) -> Any:
+    """What Triton calls a dtype."""
+    import triton.language as tl
+
+    return getattr(tl, str(dtype).removeprefix("torch."))
+
+
 @dataclass(frozen=True)
 class Signature:
     """What one compiled `update` kernel is made for: the dtypes of its streams, None where a state is absent."""
@@ -49,27 +62,27 @@ class Signature:
     states: tuple[torch.dtype | None, ...]
     kept: str | None = None  # the state that holds what rounding the parameter loses
     stochastic: bool = False
+    averaged: bool = False
 
     @property
     def streams(self) -> list[torch.dtype]:
         """The dtype of every stream."""
         kept = [] if self.kept is None else [kept_dtype(self.kept, self.param)]
-        return [self.param, self.grad, *(dtype for dtype in self.states if dtype is not None), *kept]
+        ema = [ema_dtype(self.param)] if self.averaged else []
+        return [self.param, self.grad, *(dtype for dtype in self.states if dtype is not None), *kept, *ema]
 
     @cached_property
     def constants(self) -> dict[str, Any]:
         """The compile-time arguments of `update`, but for its rule and the number of its scalars."""
         import triton.language as tl
 
-        def type_of(dtype: torch.dtype) -> Any:
-            return getattr(tl, str(dtype).removeprefix("torch."))
-
         block_size, chunk_size = self.tiling
         return {
-            "PARAM": type_of(self.param),
-            "GRAD": type_of(self.grad),
-            "STATES": tuple(None if dtype is None else type_of(dtype) for dtype in self.states),
+            "PARAM": triton_type(self.param),
+            "GRAD": triton_type(self.grad),
+            "STATES": tuple(None if dtype is None else triton_type(dtype) for dtype in self.states),
             "KEPT": self.kept,
+            "EMA": triton_type(ema_dtype(self.param)) if self.averaged else None,
             "STOCHASTIC": self.stochastic,
             "COMPUTE": tl.float64 if self.param == torch.float64 else tl.float32,
             "BLOCK_SIZE": block_size,
@@ -98,8 +111,8 @@ class Item:
     numel: int
     tensor: int  # the place of the parameter among all of the optimizer's, for stochastic rounding
     seed: int  # as a signed number
-    addresses: tuple[int, ...]  # parameter, states and what keeps the parameter's lost part, 0 = absent
-    scalar_addresses: tuple[int, ...]  # of `number_address`; the last one counts the roundings
+    addresses: tuple[int, ...]  # parameter, states, what keeps the parameter's lost part, the average; 0 = absent
+    scalar_addresses: tuple[int, ...]  # of `number_address`; the last two count the roundings and the averagings
 
 
 class Tables:
@@ -111,29 +124,40 @@ class Tables:
             members.setdefault(item.signature, []).append(item)
         ordered = [item for same in members.values() for item in same]
         self.positions = [item.position for item in ordered]
-        self._device = device
+        self.device = device
         self._stream = self._current_stream()
         self._scalars_rule, self._update_rule = rule(type(optimizer))
         self._n_scalars = n_scalars
         self._n_scalar_states = len(optimizer.scalar_states)
+        self._squares = Squares(ordered)
 
         sections = [
             np.array([item.group for item in ordered], dtype=np.int64),
             np.array([item.scalar_addresses for item in ordered], dtype=np.int64).reshape(-1),
+            *self._squares.sections,
         ]
         for signature, same in members.items():
             rows = np.array([(item.numel, item.tensor, item.seed, *item.addresses) for item in same], dtype=np.int64)
-            sections += [rows.reshape(-1), _chunks(rows[:, 0], signature.tiling[1])]
+            sections += [rows.reshape(-1), chunks_of(rows[:, 0], signature.tiling[1])]
         self.static, bounds = _pack(sections)
+        self._graphs: list[Any] = []  # what captured graphs read, which may neither change nor go
         self._static = self._upload(self.static)
         self._groups, self._scalar_states, *tables = _slices(self._static, bounds)
-        self._scalars = torch.empty(len(ordered) * (n_scalars + 1), dtype=torch.float64, device=device)
+        n_squares = len(self._squares.sections)
+        self._squares.tables, tables = tables[:n_squares], tables[n_squares:]
         firsts = [0, *accumulate(map(len, members.values()))]
         self._updates = [
             (signature.constants, first, rows, chunks)
             for signature, first, rows, chunks in zip(members, firsts, tables[::2], tables[1::2], strict=False)
             if len(chunks)
         ]
+        self._scalars = torch.empty(len(ordered) * (n_scalars + 2), dtype=torch.float64, device=device)
+        self._control = torch.empty(2, dtype=torch.float64, device=device)
+        # In place of what a step has not.
+        self._one = torch.ones((), dtype=torch.float32, device=device)
+        self._zero = torch.zeros((), dtype=torch.float32, device=device)
+        self._unread = torch.zeros(1, dtype=torch.float64, device=device)
+        self._uncounted = torch.zeros((), dtype=torch.int64, device=device)
 
         self._hyper, self._hyper_pointers = np.empty(0), np.empty(0, dtype=np.int64)
         self._hyper_tensors: list[Tensor] = []
@@ -141,27 +165,45 @@ class Tables:
         self._n_hyper = 0
         self._dynamic = np.empty(0, dtype=np.int64)
         self._dynamic_slices: list[Tensor] = []
+        self._staging: Tensor | None = None
 
     def is_current(self) -> bool:
-        """Whether the current stream is the one that the tables were made on, which owns their memory."""
-        return self._stream == self._current_stream()
+        """Whether the tables can be used on the current stream: on that which they were made on and owns their memory.
 
-    def run(self, grad_addresses: Sequence[int], hyper: Hyper) -> None:
-        """Step the tensors whose gradient has an address other than 0."""
+        A graph may be captured on any: what it uses is kept for it, and a capture begins when all streams are done.
+        """
+        return self._stream == self._current_stream() or backend.is_capturing()
+
+    def read(self, grad_addresses: Sequence[int], hyper: Hyper, gate: Gate) -> None:
+        """Bring what may differ between two steps to the device; gradients without an address sit this one out."""
         if hyper.version != self._hyper_version:
             self._read_hyper(hyper.rows)
             self._hyper_version = hyper.version
         grads = np.array(grad_addresses, dtype=np.int64)
-        dynamic, bounds = _pack([grads, self._hyper.view(np.int64), self._hyper_pointers])
-        if not np.array_equal(dynamic, self._dynamic):
+        limits = np.array(gate.numbers())
+        dynamic, bounds = _pack([grads, self._hyper.view(np.int64), self._hyper_pointers, limits.view(np.int64)])
+        if backend.is_capturing() or not np.array_equal(dynamic, self._dynamic):
             self._dynamic, self._dynamic_slices = dynamic, _slices(self._upload(dynamic), bounds)
-        self._launch(*self._dynamic_slices)
 
-    def _launch(self, grads: Tensor, hyper: Tensor, hyper_pointers: Tensor) -> None:
+    def sum_squares(self) -> Tensor:
+        """Sums of squares of the gradients, and how many elements are not finite: float64 [n, 2]."""
+        with self._on_device():
+            return self._squares.launch(self._dynamic_slices[0], self.device)
+
+    def step(self, gate: Gate) -> None:
+        """Step the tensors, if the gate lets the step pass."""
         from .kernels import multi_tensor as kernels
 
+        grads, hyper, hyper_pointers, limits = self._dynamic_slices
         n_tensors = len(self.positions)
-        with torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext():
+        partials = gate.partials_on(self.device) if gate.partials else self._unread
+        grad_norm = torch.empty((), dtype=torch.float64, device=self.device) if gate.partials else self._unread
+        if gate.partials and gate.grad_norm is None:
+            gate.grad_norm = grad_norm
+        skipped_steps = gate.take_counter()
+        found_inf = _on(self.device, gate.found_inf, self._zero)
+        grad_scale = _on(self.device, gate.grad_scale, self._one)
+        with self._on_device():
             launch(
                 kernels.prepare,
                 -(-n_tensors // PREPARE_BLOCK_SIZE),
@@ -170,8 +212,16 @@ class Tables:
                 self._scalar_states,
                 hyper.view(torch.float64),
                 hyper_pointers,
+                limits.view(torch.float64),
+                grad_scale,
+                found_inf,
+                partials,
                 self._scalars,
+                self._control,
+                grad_norm,
+                self._uncounted if skipped_steps is None else skipped_steps,
                 n_tensors,
+                len(partials) if gate.partials else 0,
                 SCALARS=self._scalars_rule,
                 N_HYPER=self._n_hyper,
                 N_SCALAR_STATES=self._n_scalar_states,
@@ -187,6 +237,7 @@ class Tables:
                     rows,
                     grads,
                     self._scalars,
+                    self._control,
                     chunks.view(torch.int32),
                     first,
                     UPDATE=self._update_rule,
@@ -194,11 +245,13 @@ class Tables:
                     **constants,
                     **LAUNCH_OPTIONS,
                 )
+        if backend.is_capturing():
+            self._graphs.append((self._hyper_tensors, grads, partials, grad_norm, skipped_steps, found_inf, grad_scale))
 
     def _read_hyper(self, hyper: Sequence[tuple[Number, ...]]) -> None:
         """Numbers, and the addresses of those that live on a device (odd: fp32). The tensors are kept alive."""
         shape = (len(hyper), len(hyper[0]))
-        self._n_hyper = shape[1]
+        self._n_hyper = shape[1] - 1
         numbers = [number for row in hyper for number in row]
         addresses = [0] * len(numbers)
         self._hyper_tensors = []
@@ -215,12 +268,73 @@ class Tables:
     def _upload(self, array: Array) -> Tensor:
         """A copy on the device. The pinned source may go: torch's host allocator keeps it until it has been read."""
         host = torch.from_numpy(array)
-        if self._device.type == "cpu":
-            return host
-        return host.pin_memory().to(self._device, non_blocking=True)
+        capturing = backend.is_capturing()
+        if self.device.type == "cuda" and not capturing:  # while a graph is captured, no pinned memory can be had
+            host = host.pin_memory()
+        copy = host.to(self.device, non_blocking=True)
+        if capturing:  # and a graph reads the source again at each replay
+            self._graphs.append((host, copy))
+        return copy
+
+    def _on_device(self) -> AbstractContextManager[Any]:
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def _current_stream(self) -> int:
-        return torch.cuda.current_stream(self._device).cuda_stream if self._device.type == "cuda" else 0
+        return torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
+
+
+class Squares:
+    """The gradients of some tables as `sum_squares` reads them: by their dtype, whatever else they are."""
+
+    def __init__(self, items: Sequence[Item]) -> None:
+        rows: dict[torch.dtype, list[tuple[int, int]]] = {}
+        for tensor, item in enumerate(items):
+            rows.setdefault(item.signature.grad, []).append((tensor, item.numel))
+        arrays = [np.array(same, dtype=np.int64) for same in rows.values()]
+        pairs = [(same.reshape(-1), chunks_of(same[:, 1], self.chunk_size)) for same in arrays]
+        self.sections = [section for pair in pairs for section in pair]
+        self.tables: list[Tensor] = []  # the same on the device
+        self._dtypes = list(rows)
+
+    @property
+    def chunk_size(self) -> int:
+        """Elements of a chunk: some blocks, so that one look-up serves many elements."""
+        return 16 * SQUARES_BLOCK_SIZE
+
+    def launch(self, grads: Tensor, device: torch.device) -> Tensor:
+        """One launch for each dtype."""
+        from .kernels import gate as kernels
+
+        programs = SQUARES_PROGRAMS[triton_interprets()]
+        counts = [min(len(chunks), programs) for chunks in self.tables[1::2]]
+        partials = torch.empty((sum(counts), 2), dtype=torch.float64, device=device)
+        firsts = [0, *accumulate(counts)]
+        for dtype, rows, chunks, first, count in zip(
+            self._dtypes, self.tables[::2], self.tables[1::2], firsts, counts, strict=False
+        ):
+            if count:
+                launch(
+                    kernels.sum_squares,
+                    count,
+                    rows,
+                    grads,
+                    chunks.view(torch.int32),
+                    partials[first : first + count],
+                    len(chunks),
+                    GRAD=triton_type(dtype),
+                    BLOCK_SIZE=SQUARES_BLOCK_SIZE,
+                    CHUNK_SIZE=self.chunk_size,
+                    CONTIGUITY=16 // dtype.itemsize,
+                    **LAUNCH_OPTIONS,
+                )
+        return partials
+
+
+def _on(device: torch.device, number: Any, default: Tensor) -> Tensor:
+    """A number of the user's as an fp32 tensor on this device."""
+    if number is None:
+        return default
+    return torch.as_tensor(number).to(device, torch.float32, non_blocking=True)
 
 
 def number_address(number: Tensor | None) -> int:
@@ -245,7 +359,7 @@ def _slices(buffer: Tensor, bounds: Sequence[tuple[int, int]]) -> list[Tensor]:
     return [buffer[start:stop] for start, stop in bounds]
 
 
-def _chunks(numels: Array, chunk_size: int) -> Array:
+def chunks_of(numels: Array, chunk_size: int) -> Array:
     """(row, chunk) as two int32 in one int64, for every chunk of every tensor."""
     counts = -(-numels // chunk_size)
     rows = np.repeat(np.arange(len(numels)), counts)

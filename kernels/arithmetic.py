@@ -44,3 +44,9 @@ def minimum(x, y):
 def signum(x):
     """-1, 0 or 1 with the sign of x, 0 for NaN, as torch.sign."""
     return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0))
+
+
+@triton.jit
+def lerp(start, end, weight):
+    """From start to end, all of the way at weight 1; in torch's form."""
+    return tl.where(weight < 0.5, start + weight * (end - start), end - (end - start) * (1 - weight))

@@ -1,5 +1,7 @@
 """The two generic kernels. Every optimizer's step is one launch of `prepare` and, for each signature, one of `update`.
 
+Where the norm of the gradients is asked for, `gate.sum_squares` comes before them.
+
 Tensors are reached through tables of addresses (`fusedopt.multi_tensor` builds them), so the number of launches
 depends neither on the number of tensors nor on their sizes.
 """
@@ -7,7 +9,9 @@ depends neither on the number of tensors nor on their sizes.
 import triton
 import triton.language as tl
 
-from .rounding import load, nearest, random_bits, store, store_stochastic, with_compensation, with_master
+from .arithmetic import lerp
+from .gate import decide
+from .rounding import load, nearest, random_bits, stochastic, store, with_compensation, with_master
 
 
 @triton.jit
@@ -35,16 +39,26 @@ def _rule_name(function) -> str:
 
 @triton.jit(
     repr=lambda specialization: f"fusedopt_prepare_{_rule_name(specialization.constants['SCALARS'])}",
-    do_not_specialize=["n_tensors"],
+    do_not_specialize=["n_tensors", "n_partials"],
+    # The user's tensors, which may lie anywhere.
+    do_not_specialize_on_alignment=["grad_scale_ptr", "found_inf_ptr", "grad_norm_ptr", "skipped_steps_ptr"],
 )
 def prepare(
     groups_ptr,  # int64 [n_tensors]: the param group of each tensor
     grads_ptr,  # int64 [n_tensors]: address of the gradient, 0 = none in this step
-    scalar_states_ptr,  # int64 [n_tensors, N_SCALAR_STATES + 1]: addresses of 0-d states, +1 for fp32, 0 = absent
-    hyper_ptr,  # float64 [groups, N_HYPER]
-    hyper_tensors_ptr,  # int64 [groups, N_HYPER]: address of a device tensor, +1 for fp32, 0 = take hyper_ptr's
-    scalars_ptr,  # float64 [n_tensors, N_SCALARS + 1]: written
+    scalar_states_ptr,  # int64 [n_tensors, N_SCALAR_STATES + 2]: addresses of 0-d states, +1 for fp32, 0 = absent
+    hyper_ptr,  # float64 [groups, N_HYPER + 1]: the rule's, then ema_decay
+    hyper_tensors_ptr,  # int64 [groups, N_HYPER + 1]: address of a device tensor, +1 for fp32, 0 = take hyper_ptr's
+    limits_ptr,  # float64 [2]: max_grad_norm (negative = none), skip_nonfinite
+    grad_scale_ptr,  # fp32: what the gradients are divided by
+    found_inf_ptr,  # fp32: not 0 = skip this step
+    partials_ptr,  # float64 [n_partials, 2]: written by sum_squares
+    scalars_ptr,  # float64 [n_tensors, N_SCALARS + 2]: written
+    control_ptr,  # float64 [2]: written: what the gradients are multiplied by, whether the step is skipped
+    grad_norm_ptr,  # float64: written
+    skipped_steps_ptr,  # int64: advanced
     n_tensors: tl.int64,
+    n_partials: tl.int64,
     SCALARS: tl.constexpr,
     N_HYPER: tl.constexpr,
     N_SCALAR_STATES: tl.constexpr,
@@ -54,32 +68,45 @@ def prepare(
 ):
     """Advance the per-tensor states and compute each tensor's scalars, one tensor a lane, in float64.
 
-    The rule's states and scalars are followed by one of every tensor's own: how often it has been rounded at random.
+    The rule's states and scalars are followed by two of every tensor's own: how often it has been rounded at random,
+    and how often its average has been updated, from which follows the weight of the next update.
     """
+    factor, skip, grad_norm = decide(limits_ptr, grad_scale_ptr, found_inf_ptr, partials_ptr, n_partials, BLOCK_SIZE)
+    if tl.program_id(0) == 0:
+        tl.store(control_ptr, factor)
+        tl.store(control_ptr + 1, skip.to(tl.float64))
+        tl.store(grad_norm_ptr, grad_norm)
+        tl.store(skipped_steps_ptr, tl.load(skipped_steps_ptr) + skip.to(tl.int64))
+
     tensors = tl.program_id(0).to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
     mask = tensors < n_tensors
-    mask = mask & (tl.load(grads_ptr + tensors, mask=mask, other=0) != 0)
+    mask = mask & (tl.load(grads_ptr + tensors, mask=mask, other=0) != 0) & (skip == 0)
     groups = tl.load(groups_ptr + tensors, mask=mask, other=0)
 
     hyper = ()
-    for i in tl.static_range(N_HYPER):
+    for i in tl.static_range(N_HYPER + 1):
         # Lanes without a tensor read group 0, so that they compute with valid numbers.
-        value = tl.load(hyper_ptr + groups * N_HYPER + i)
+        value = tl.load(hyper_ptr + groups * (N_HYPER + 1) + i)
         if HYPER_TENSORS:
-            value = load_number(tl.load(hyper_tensors_ptr + groups * N_HYPER + i), value)
-        hyper += (value,)
+            value = load_number(tl.load(hyper_tensors_ptr + groups * (N_HYPER + 1) + i), value)
+        if i < N_HYPER:
+            hyper += (value,)
+        else:
+            ema_decay = value
 
     addresses = ()
     scalar_states = ()
     ones = tl.full([BLOCK_SIZE], 1.0, tl.float64)
+    scalar_states_ptr += tensors * (N_SCALAR_STATES + 2)
     for i in tl.static_range(N_SCALAR_STATES):
-        address = tl.load(scalar_states_ptr + tensors * (N_SCALAR_STATES + 1) + i, mask=mask, other=0)
+        address = tl.load(scalar_states_ptr + i, mask=mask, other=0)
         addresses += (address,)
         scalar_states += (load_number(address, ones),)
-    rounding_step_address = tl.load(
-        scalar_states_ptr + tensors * (N_SCALAR_STATES + 1) + N_SCALAR_STATES, mask=mask, other=0
-    )
+    rounding_step_address = tl.load(scalar_states_ptr + N_SCALAR_STATES, mask=mask, other=0)
     rounding_step = load_number(rounding_step_address, ones) + 1
+    ema_step_address = tl.load(scalar_states_ptr + N_SCALAR_STATES + 1, mask=mask, other=0)
+    ema_step = load_number(ema_step_address, ones)
+    ema_weight = tl.where(ema_step == 0, 1.0, 1 - ema_decay)
 
     scalars, scalar_states = SCALARS(hyper, scalar_states)
     tl.static_assert(len(scalars) == N_SCALARS, "the rule has another number of scalars than its reference")
@@ -88,9 +115,12 @@ def prepare(
     for i in tl.static_range(N_SCALAR_STATES):
         store_number(addresses[i], scalar_states[i])
     store_number(rounding_step_address, rounding_step)
+    store_number(ema_step_address, ema_step + 1)
+    scalars_ptr += tensors * (N_SCALARS + 2)
     for i in tl.static_range(N_SCALARS):
-        tl.store(scalars_ptr + tensors * (N_SCALARS + 1) + i, scalars[i] + tl.zeros_like(hyper[0]), mask=mask)
-    tl.store(scalars_ptr + tensors * (N_SCALARS + 1) + N_SCALARS, rounding_step, mask=mask)
+        tl.store(scalars_ptr + i, scalars[i] + tl.zeros_like(hyper[0]), mask=mask)
+    tl.store(scalars_ptr + N_SCALARS, rounding_step, mask=mask)
+    tl.store(scalars_ptr + N_SCALARS + 1, ema_weight, mask=mask)
 
 
 @triton.jit
@@ -99,7 +129,10 @@ def update_tile(
     grad_address,
     state_addresses,
     kept_address,
+    ema_address,
     scalars,
+    grad_factor,
+    ema_weight,
     draw,
     first,
     start,
@@ -110,6 +143,7 @@ def update_tile(
     GRAD: tl.constexpr,
     STATES: tl.constexpr,
     KEPT: tl.constexpr,
+    EMA: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     COMPUTE: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -122,7 +156,7 @@ def update_tile(
     param_ptr = tl.multiple_of(param_address.to(tl.pointer_type(PARAM)), ALIGN) + first
     grad_ptr = tl.multiple_of(grad_address.to(tl.pointer_type(GRAD)), GRAD_ALIGN) + first
     param = load(param_ptr + offsets, mask, COMPUTE)
-    grad = load(grad_ptr + offsets, mask, COMPUTE)
+    grad = grad_factor * load(grad_ptr + offsets, mask, COMPUTE)
     state_ptrs = ()
     states = ()
     for i in tl.static_range(len(STATES)):
@@ -144,20 +178,24 @@ def update_tile(
     tl.static_assert(len(states) == len(STATES), "the rule returns another number of states than the class has")
 
     if STOCHASTIC and PARAM.primitive_bitwidth == 16 and KEPT is None:
-        store_stochastic(param_ptr + offsets, param, random_bits(draw, 0, first + start, lanes), mask)
-    else:
-        store(param_ptr + offsets, param, mask)
+        param = stochastic(param, random_bits(draw, 0, first + start, lanes), PARAM)
+    store(param_ptr + offsets, param, mask)
     if KEPT == "master_param":
         store(kept_ptr + offsets, param, mask)
     elif KEPT == "kahan_comp":
         store(kept_ptr + offsets, param - nearest(param, PARAM), mask)
+    if EMA is not None:
+        ema_ptr = tl.multiple_of(ema_address.to(tl.pointer_type(EMA)), ALIGN) + first
+        if KEPT is None and PARAM.primitive_bitwidth == 16:
+            param = nearest(param, PARAM)
+        store(ema_ptr + offsets, lerp(load(ema_ptr + offsets, mask, COMPUTE), param, ema_weight), mask)
     for i in tl.static_range(len(STATES)):
         if STATES[i] is not None:
             if STOCHASTIC and STATES[i].primitive_bitwidth == 16:
-                random = random_bits(draw, 1 + i, first + start, lanes)
-                store_stochastic(state_ptrs[i] + offsets, states[i], random, mask)
+                state = stochastic(states[i], random_bits(draw, 1 + i, first + start, lanes), STATES[i])
             else:
-                store(state_ptrs[i] + offsets, states[i], mask)
+                state = states[i]
+            store(state_ptrs[i] + offsets, state, mask)
 
 
 @triton.jit(
@@ -165,9 +203,10 @@ def update_tile(
     do_not_specialize=["first_tensor"],
 )
 def update(
-    rows_ptr,  # int64 [rows, 5 + len(STATES)]: numel, tensor, seed, addresses: parameter, states, KEPT (0 = absent)
+    rows_ptr,  # int64 [rows, 6 + len(STATES)]: numel, tensor, seed, addresses: parameter, states, KEPT, EMA (0 = absent)
     grads_ptr,  # int64 [n_tensors]: address of the gradient, 0 = none in this step
-    scalars_ptr,  # float64 [n_tensors, N_SCALARS + 1]: written by prepare
+    scalars_ptr,  # float64 [n_tensors, N_SCALARS + 2]: written by prepare
+    control_ptr,  # float64 [2]: written by prepare
     chunks_ptr,  # int32 [programs, 2]: row, index of the chunk in its tensor
     first_tensor: tl.int64,  # the tensor of row 0
     UPDATE: tl.constexpr,
@@ -175,6 +214,7 @@ def update(
     GRAD: tl.constexpr,
     STATES: tl.constexpr,
     KEPT: tl.constexpr,  # the state that holds what rounding the parameter loses: "master_param", "kahan_comp", None
+    EMA: tl.constexpr,  # the dtype of the average, None without one
     STOCHASTIC: tl.constexpr,  # whether 16-bit streams are rounded at random
     COMPUTE: tl.constexpr,
     N_SCALARS: tl.constexpr,
@@ -188,10 +228,10 @@ def update(
     chunk = tl.load(chunks_ptr + 2 * pid + 1)
     tensor = first_tensor + row
     grad_address = tl.load(grads_ptr + tensor)
-    if grad_address == 0:
+    if (grad_address == 0) | (tl.load(control_ptr + 1) != 0):
         return
 
-    row_ptr = rows_ptr + row * (5 + len(STATES))
+    row_ptr = rows_ptr + row * (6 + len(STATES))
     param_address = tl.load(row_ptr + 3)
     addresses = param_address
     state_addresses = ()
@@ -203,7 +243,13 @@ def update(
     if KEPT is not None:
         kept_address = tl.load(row_ptr + 4 + len(STATES))
         addresses |= kept_address
-    scalars_ptr += tensor * (N_SCALARS + 1)
+    ema_address = param_address
+    if EMA is not None:
+        ema_address = tl.load(row_ptr + 5 + len(STATES))
+        addresses |= ema_address
+    grad_factor = tl.load(control_ptr).to(COMPUTE)
+    scalars_ptr += tensor * (N_SCALARS + 2)
+    ema_weight = tl.load(scalars_ptr + N_SCALARS + 1).to(COMPUTE)
     scalars = ()
     for i in tl.static_range(N_SCALARS):
         scalars += (tl.load(scalars_ptr + i).to(COMPUTE),)
@@ -225,16 +271,16 @@ def update(
 
     for start in range(0, all_aligned, BLOCK_SIZE):
         update_tile(
-            param_address, grad_address, state_addresses, kept_address, scalars, draw, first, start, lanes, all_aligned,
-            UPDATE, PARAM, GRAD, STATES, KEPT, STOCHASTIC, COMPUTE, ALIGN=16, GRAD_ALIGN=16,
+            param_address, grad_address, state_addresses, kept_address, ema_address, scalars, grad_factor, ema_weight,
+            draw, first, start, lanes, all_aligned, UPDATE, PARAM, GRAD, STATES, KEPT, EMA, STOCHASTIC, COMPUTE, ALIGN=16, GRAD_ALIGN=16,
         )  # fmt: skip
     for start in range(all_aligned, aligned, BLOCK_SIZE):
         update_tile(
-            param_address, grad_address, state_addresses, kept_address, scalars, draw, first, start, lanes, aligned,
-            UPDATE, PARAM, GRAD, STATES, KEPT, STOCHASTIC, COMPUTE, ALIGN=16, GRAD_ALIGN=1,
+            param_address, grad_address, state_addresses, kept_address, ema_address, scalars, grad_factor, ema_weight,
+            draw, first, start, lanes, aligned, UPDATE, PARAM, GRAD, STATES, KEPT, EMA, STOCHASTIC, COMPUTE, ALIGN=16, GRAD_ALIGN=1,
         )  # fmt: skip
     for start in range(aligned, length, TAIL_SIZE):
         update_tile(
-            param_address, grad_address, state_addresses, kept_address, scalars, draw, first, start, tail_lanes, length,
-            UPDATE, PARAM, GRAD, STATES, KEPT, STOCHASTIC, COMPUTE, ALIGN=1, GRAD_ALIGN=1,
+            param_address, grad_address, state_addresses, kept_address, ema_address, scalars, grad_factor, ema_weight,
+            draw, first, start, tail_lanes, length, UPDATE, PARAM, GRAD, STATES, KEPT, EMA, STOCHASTIC, COMPUTE, ALIGN=1, GRAD_ALIGN=1,
         )  # fmt: skip

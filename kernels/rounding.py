@@ -28,13 +28,9 @@ def store(ptrs, value, mask):
 
 
 @triton.jit
-def store_stochastic(ptrs, value, random, mask):
-    """Round to one of the two neighbours in a 16-bit type, to each with the probability that makes the mean right."""
-    bits = _to_bits_stochastic(value.to(tl.float32), random, ptrs.dtype.element_ty)
-    if INTERPRET:
-        tl.store(ptrs.to(tl.pointer_type(tl.uint16), bitcast=True), bits, mask=mask)
-    else:
-        tl.store(ptrs, bits.to(ptrs.dtype.element_ty, bitcast=True), mask=mask)
+def stochastic(value, random, DTYPE: tl.constexpr):
+    """One of the two neighbours in a 16-bit type, each with the probability that makes the mean right."""
+    return _from_bits(_to_bits_stochastic(value.to(tl.float32), random, DTYPE), DTYPE)
 
 
 @triton.jit

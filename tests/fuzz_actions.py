@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.optim.lr_scheduler import ExponentialLR
 
-from fusedopt.precision import RESERVED
+from fusedopt.declaration import RESERVED
 
 NUMBERS = {
     "lr": [0.01, 0.05, 0.2],

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fusedopt
-from fusedopt.precision import KAHAN_COMP, MASTER_PARAM, RESERVED, ROUNDING_STEP, kept_state, state_dtype
+from fusedopt.declaration import RESERVED
+from fusedopt.precision import KAHAN_COMP, MASTER_PARAM, ROUNDING_STEP, kept_state, state_dtype
 
 # One dimension, none, size 1, no elements; (3, 3) can be transposed at its address; full vectors and a tail.
 SHAPES = [(3, 3), (3, 3), (4, 3), (2, 3, 2, 2), (17,), (), (1, 5), (0, 2)]

@@ -25,7 +25,7 @@ from twins import (
 )
 
 import fusedopt
-from fusedopt.precision import CommonOptions
+from fusedopt.options import CommonOptions
 
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 both_backends = pytest.mark.parametrize("backend", BACKENDS)

@@ -1,0 +1,86 @@
+"""The options that every optimizer takes beside its own: keys of a param group, there only where they differ."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .optimizer import Group
+
+DEFAULTS: Group = {
+    "state_dtype": None,
+    "master_weights": False,
+    "kahan": False,
+    "rounding": "nearest",
+    "seed": 0,
+    "max_grad_norm": None,
+    "skip_nonfinite": False,
+    "ema_decay": None,
+}
+# One value for all groups: these are about the gradients of all parameters together.
+SHARED = ("max_grad_norm", "skip_nonfinite")
+
+
+class CommonOptions(TypedDict, total=False):
+    """The keyword arguments that all optimizers share; `FusedOptimizer` tells what they mean."""
+
+    backend: str
+    state_dtype: torch.dtype | None
+    master_weights: bool
+    kahan: bool
+    rounding: str
+    seed: int
+    max_grad_norm: float | None
+    skip_nonfinite: bool
+    ema_decay: float | None
+
+
+def option(group: Group, name: str) -> Any:
+    """One of these options; a group has only those that differ from their defaults."""
+    return group.get(name, DEFAULTS[name])
+
+
+def check_group(groups: Sequence[Group], index: int) -> None:
+    """Raise ValueError or TypeError for options of one group that are invalid, exclude each other, or ought to agree.
+
+    Args:
+        groups: all groups up to this one, at least.
+        index: of the group.
+    """
+    from . import precision  # which needs `option` from here
+
+    group = groups[index]
+    precision.check_group(group, index)
+    _check_flag(group, "skip_nonfinite", index)
+    max_grad_norm, ema_decay = option(group, "max_grad_norm"), option(group, "ema_decay")
+    _check_number(max_grad_norm, "max_grad_norm", index)
+    _check_number(ema_decay, "ema_decay", index)
+    if max_grad_norm is not None and not max_grad_norm >= 0:
+        raise ValueError(f"Invalid max_grad_norm of group {index}: {max_grad_norm}, it must not be negative")
+    if ema_decay is not None and not 0 <= ema_decay < 1:
+        raise ValueError(f"Invalid ema_decay of group {index}: {ema_decay}, it must lie in [0, 1)")
+    for name in SHARED:
+        value, first = option(group, name), option(groups[0], name)
+        if value != first:
+            raise ValueError(
+                f"{name} is one for all groups, since it is about all gradients together, "
+                f"but it is {first!r} in group 0 and {value!r} in group {index}"
+            )
+
+
+def _check_flag(group: Group, name: str, index: int) -> None:
+    if option(group, name) not in (True, False):
+        raise TypeError(f"{name} of group {index} must be True or False, but it is {option(group, name)!r}")
+
+
+def _check_number(value: Any, name: str, index: int) -> None:
+    is_number = hasattr(value, "__float__") and not isinstance(value, (bool, Tensor))
+    if value is not None and not is_number:
+        raise TypeError(f"{name} of group {index} must be a number or None, but it is {value!r}")
+    if value is not None and math.isnan(value):
+        raise ValueError(f"Invalid {name} of group {index}: {value}")

@@ -1,0 +1,76 @@
+"""Whether a step is taken, and what its gradients are multiplied by. Twin of fusedopt/gate.py."""
+
+import triton
+import triton.language as tl
+
+from .rounding import load
+
+
+@triton.jit
+def squares_tile(address, first, start, lanes, stop, GRAD: tl.constexpr, ALIGN: tl.constexpr):
+    """Squares of one block of elements, in float64, and 1 for each that is not finite."""
+    offsets = start + lanes
+    mask = offsets < stop
+    grad_ptr = tl.multiple_of(address.to(tl.pointer_type(GRAD)), ALIGN) + first
+    grad = tl.where(mask, load(grad_ptr + offsets, mask, tl.float64), 0.0)
+    return grad * grad, tl.where(tl.abs(grad) < float("inf"), 0, 1)
+
+
+@triton.jit(
+    repr=lambda specialization: f"fusedopt_sum_squares_{specialization.constants['GRAD']}",
+    do_not_specialize=["n_chunks"],
+)
+def sum_squares(
+    rows_ptr,  # int64 [rows, 2]: the tensor, its numel
+    grads_ptr,  # int64 [n_tensors]: address of the gradient, 0 = none in this step
+    chunks_ptr,  # int32 [n_chunks, 2]: row, index of the chunk in its tensor
+    partials_ptr,  # float64 [programs, 2]: written: the sum of squares, how many elements are not finite
+    n_chunks: tl.int64,
+    GRAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    CHUNK_SIZE: tl.constexpr,
+    CONTIGUITY: tl.constexpr,
+):
+    """Sum over every so many-th chunk: the order depends on the number of programs alone, not on what runs when."""
+    pid = tl.program_id(0).to(tl.int64)
+    lanes = tl.max_contiguous(tl.multiple_of(tl.arange(0, BLOCK_SIZE), CONTIGUITY), CONTIGUITY)
+    squares = tl.zeros([BLOCK_SIZE], tl.float64)
+    not_finite = tl.zeros([BLOCK_SIZE], tl.int32)
+    for i in range(pid, n_chunks, tl.num_programs(0)):
+        row = tl.load(chunks_ptr + 2 * i).to(tl.int64)
+        first = tl.load(chunks_ptr + 2 * i + 1).to(tl.int64) * CHUNK_SIZE
+        address = tl.load(grads_ptr + tl.load(rows_ptr + 2 * row))
+        length = tl.minimum(tl.load(rows_ptr + 2 * row + 1) - first, CHUNK_SIZE).to(tl.int32)
+        length = tl.where(address == 0, 0, length)
+        aligned = tl.where(address % 16 == 0, length // 8 * 8, 0)
+        for start in range(0, aligned, BLOCK_SIZE):
+            more, bad = squares_tile(address, first, start, lanes, aligned, GRAD, ALIGN=16)
+            squares += more
+            not_finite += bad
+        for start in range(aligned, length, BLOCK_SIZE):
+            more, bad = squares_tile(address, first, start, lanes, length, GRAD, ALIGN=1)
+            squares += more
+            not_finite += bad
+    tl.store(partials_ptr + 2 * pid, tl.sum(squares))
+    tl.store(partials_ptr + 2 * pid + 1, tl.sum(not_finite).to(tl.float64))
+
+
+@triton.jit
+def decide(limits_ptr, grad_scale_ptr, found_inf_ptr, partials_ptr, n_partials, BLOCK_SIZE: tl.constexpr):
+    """(what the gradients are multiplied by, whether the step is skipped, the norm of the gradients)."""
+    squares = tl.zeros([BLOCK_SIZE], tl.float64)
+    not_finite = tl.zeros([BLOCK_SIZE], tl.float64)
+    for first in range(0, n_partials, BLOCK_SIZE):
+        partials = first + tl.arange(0, BLOCK_SIZE)
+        mask = partials < n_partials
+        squares += tl.load(partials_ptr + 2 * partials, mask=mask, other=0.0)
+        not_finite += tl.load(partials_ptr + 2 * partials + 1, mask=mask, other=0.0)
+
+    factor = 1 / tl.load(grad_scale_ptr).to(tl.float64)
+    grad_norm = tl.sqrt(tl.sum(squares)) * factor
+    max_grad_norm = tl.load(limits_ptr)
+    clip = max_grad_norm / (grad_norm + 1e-6)
+    clip = tl.where((max_grad_norm < 0) | (clip > 1), 1.0, clip)
+    skip_nonfinite = tl.load(limits_ptr + 1) != 0
+    skip = (tl.load(found_inf_ptr) != 0) | (skip_nonfinite & (tl.sum(not_finite) != 0))
+    return factor * clip, skip, grad_norm
