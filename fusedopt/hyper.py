@@ -20,8 +20,9 @@ class Hyper:
     """One row of numbers a group, in the order of the class's `hyperparameters`; pairs such as `betas` take two places.
 
     The last number of a row is the `ema_decay`, 0 where there is no average. What is one for all groups stands beside
-    the rows. A number may be a one-element tensor. Only its identity is compared, never its value, which may be on a device.
-    The `options` have no place in a row, but a change of one counts as a change. What is `optional` a group may lack.
+    the rows. A number may be a one-element tensor. Only its identity is compared, never its value, which may be on a
+    device. The `options` have no place in a row, but a change of one counts as a change. What is `optional` a group may
+    lack.
     """
 
     def __init__(

@@ -57,7 +57,7 @@ class KernelStep:
             self._grad_strides[position] = stride
         named = dict(zip(entry.names, row, strict=True))
         scalar_states = [named.get(name) for name in (*optimizer.scalar_states, ROUNDING_STEP, EMA_STEP)]
-        states = [named.get(name) for name in (*optimizer.states, entry.kept, EMA)]
+        states = [named.get(name) for name in (*optimizer.states, entry.kept or "", EMA)]
         signature = Signature(
             layout.real_dtype(param.dtype),
             layout.real_dtype(entry.grad_dtype),

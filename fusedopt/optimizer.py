@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from . import backend as backends
 from . import precision
 from .averaging import EMA, EMA_STEP, new_ema, swapped
-from . import backend as backends
 from .backend import BACKENDS, triton_is_installed, use_kernels, why_no_kernels
 from .declaration import check_declaration
 from .gate import SKIPPED_STEPS, Gate

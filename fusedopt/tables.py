@@ -257,8 +257,8 @@ class Tables:
         self._hyper_tensors = []
         for i, number in enumerate(numbers):
             if isinstance(number, Tensor):
-                if number.device != self._device or number.dtype not in (torch.float32, torch.float64):
-                    number = number.to(self._device, torch.float64)
+                if number.device != self.device or number.dtype not in (torch.float32, torch.float64):
+                    number = number.to(self.device, torch.float64)
                 self._hyper_tensors.append(number)
                 addresses[i] = number_address(number)
                 numbers[i] = 0.0

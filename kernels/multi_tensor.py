@@ -11,7 +11,17 @@ import triton.language as tl
 
 from .arithmetic import lerp
 from .gate import decide
-from .rounding import load, nearest, random_bits, stochastic, store, with_compensation, with_master
+from .rounding import (
+    from_bits,
+    load,
+    nearest,
+    random_bits,
+    store,
+    store_bits,
+    to_bits_stochastic,
+    with_compensation,
+    with_master,
+)
 
 
 @triton.jit
@@ -178,8 +188,11 @@ def update_tile(
     tl.static_assert(len(states) == len(STATES), "the rule returns another number of states than the class has")
 
     if STOCHASTIC and PARAM.primitive_bitwidth == 16 and KEPT is None:
-        param = stochastic(param, random_bits(draw, 0, first + start, lanes), PARAM)
-    store(param_ptr + offsets, param, mask)
+        bits = to_bits_stochastic(param, random_bits(draw, 0, first + start, lanes), PARAM)
+        store_bits(param_ptr + offsets, bits, mask)
+        param = from_bits(bits, PARAM)
+    else:
+        store(param_ptr + offsets, param, mask)
     if KEPT == "master_param":
         store(kept_ptr + offsets, param, mask)
     elif KEPT == "kahan_comp":
@@ -192,10 +205,10 @@ def update_tile(
     for i in tl.static_range(len(STATES)):
         if STATES[i] is not None:
             if STOCHASTIC and STATES[i].primitive_bitwidth == 16:
-                state = stochastic(states[i], random_bits(draw, 1 + i, first + start, lanes), STATES[i])
+                bits = to_bits_stochastic(states[i], random_bits(draw, 1 + i, first + start, lanes), STATES[i])
+                store_bits(state_ptrs[i] + offsets, bits, mask)
             else:
-                state = states[i]
-            store(state_ptrs[i] + offsets, state, mask)
+                store(state_ptrs[i] + offsets, states[i], mask)
 
 
 @triton.jit(
@@ -203,7 +216,7 @@ def update_tile(
     do_not_specialize=["first_tensor"],
 )
 def update(
-    rows_ptr,  # int64 [rows, 6 + len(STATES)]: numel, tensor, seed, addresses: parameter, states, KEPT, EMA (0 = absent)
+    rows_ptr,  # int64 [rows, 6 + len(STATES)]: numel, tensor, seed, addresses of parameter, states, KEPT, EMA, 0 = none
     grads_ptr,  # int64 [n_tensors]: address of the gradient, 0 = none in this step
     scalars_ptr,  # float64 [n_tensors, N_SCALARS + 2]: written by prepare
     control_ptr,  # float64 [2]: written by prepare
@@ -272,15 +285,18 @@ def update(
     for start in range(0, all_aligned, BLOCK_SIZE):
         update_tile(
             param_address, grad_address, state_addresses, kept_address, ema_address, scalars, grad_factor, ema_weight,
-            draw, first, start, lanes, all_aligned, UPDATE, PARAM, GRAD, STATES, KEPT, EMA, STOCHASTIC, COMPUTE, ALIGN=16, GRAD_ALIGN=16,
+            draw, first, start, lanes, all_aligned, UPDATE, PARAM, GRAD, STATES, KEPT, EMA, STOCHASTIC,
+            COMPUTE, ALIGN=16, GRAD_ALIGN=16,
         )  # fmt: skip
     for start in range(all_aligned, aligned, BLOCK_SIZE):
         update_tile(
             param_address, grad_address, state_addresses, kept_address, ema_address, scalars, grad_factor, ema_weight,
-            draw, first, start, lanes, aligned, UPDATE, PARAM, GRAD, STATES, KEPT, EMA, STOCHASTIC, COMPUTE, ALIGN=16, GRAD_ALIGN=1,
+            draw, first, start, lanes, aligned, UPDATE, PARAM, GRAD, STATES, KEPT, EMA, STOCHASTIC,
+            COMPUTE, ALIGN=16, GRAD_ALIGN=1,
         )  # fmt: skip
     for start in range(aligned, length, TAIL_SIZE):
         update_tile(
             param_address, grad_address, state_addresses, kept_address, ema_address, scalars, grad_factor, ema_weight,
-            draw, first, start, tail_lanes, length, UPDATE, PARAM, GRAD, STATES, KEPT, EMA, STOCHASTIC, COMPUTE, ALIGN=1, GRAD_ALIGN=1,
+            draw, first, start, tail_lanes, length, UPDATE, PARAM, GRAD, STATES, KEPT, EMA, STOCHASTIC,
+            COMPUTE, ALIGN=1, GRAD_ALIGN=1,
         )  # fmt: skip

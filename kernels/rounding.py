@@ -14,7 +14,7 @@ INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 def load(ptrs, mask, COMPUTE: tl.constexpr):
     if INTERPRET and ptrs.dtype.element_ty == tl.bfloat16:
         bits = tl.load(ptrs.to(tl.pointer_type(tl.uint16), bitcast=True), mask=mask)
-        return _from_bits(bits, tl.bfloat16).to(COMPUTE)
+        return from_bits(bits, tl.bfloat16).to(COMPUTE)
     return tl.load(ptrs, mask=mask).to(COMPUTE)
 
 
@@ -28,15 +28,18 @@ def store(ptrs, value, mask):
 
 
 @triton.jit
-def stochastic(value, random, DTYPE: tl.constexpr):
-    """One of the two neighbours in a 16-bit type, each with the probability that makes the mean right."""
-    return _from_bits(_to_bits_stochastic(value.to(tl.float32), random, DTYPE), DTYPE)
+def store_bits(ptrs, bits, mask):
+    """Store 16-bit numbers that are there as their bits."""
+    if INTERPRET:
+        tl.store(ptrs.to(tl.pointer_type(tl.uint16), bitcast=True), bits, mask=mask)
+    else:
+        tl.store(ptrs, bits.to(ptrs.dtype.element_ty, bitcast=True), mask=mask)
 
 
 @triton.jit
 def nearest(value, DTYPE: tl.constexpr):
     """What `store` into a 16-bit type and `load` make of a value."""
-    return _from_bits(_to_bits(value, DTYPE), DTYPE)
+    return from_bits(_to_bits(value, DTYPE), DTYPE)
 
 
 @triton.jit
@@ -79,14 +82,16 @@ def _to_bits(value, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _from_bits(bits, DTYPE: tl.constexpr):
+def from_bits(bits, DTYPE: tl.constexpr):
     if DTYPE == tl.bfloat16:
         return (bits.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     return bits.to(DTYPE, bitcast=True).to(tl.float32)
 
 
 @triton.jit
-def _to_bits_stochastic(value, random, DTYPE: tl.constexpr):
+def to_bits_stochastic(value, random, DTYPE: tl.constexpr):
+    """Round to one of the two neighbours in a 16-bit type, to each with the probability that makes the mean right."""
+    value = value.to(tl.float32)
     bits = value.to(tl.uint32, bitcast=True)
     magnitude = tl.abs(value)
     if DTYPE == tl.bfloat16:

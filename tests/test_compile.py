@@ -151,12 +151,10 @@ def test_instructions_of_adam(compiled, dtypes, limit):
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("target", TARGETS)
 def test_prepare(compiled, rule, hyper_tensors, target):
-    assert compiled[f"{rule} {target} {hyper_tensors}"] == {
-        "name": f"fusedopt_prepare_{rule}_scalars",
-        "local_bytes": 0,
-        "shared_bytes": 0,
-        "barriers": 0,
-    }
+    report = compiled[f"{rule} {target} {hyper_tensors}"]
+    assert report["name"] == f"fusedopt_prepare_{rule}_scalars"
+    assert report["local_bytes"] == 0
+    assert report["shared_bytes"] <= 64  # in which the warps add up the sums of squares
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -85,7 +85,8 @@ def convert_stochastic(source_ptr, random_ptr, target_ptr, n, BLOCK_SIZE: tl.con
     offsets = tl.program_id(0) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
     mask = offsets < n
     random = tl.load(random_ptr + offsets, mask=mask).to(tl.uint32)
-    kernels.store_stochastic(target_ptr + offsets, tl.load(source_ptr + offsets, mask=mask), random, mask)
+    bits = kernels.to_bits_stochastic(tl.load(source_ptr + offsets, mask=mask), random, target_ptr.dtype.element_ty)
+    kernels.store_bits(target_ptr + offsets, bits, mask)
 
 
 def by_kernel(source: Tensor, dtype: torch.dtype, random: Tensor) -> Tensor:
