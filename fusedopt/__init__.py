@@ -12,6 +12,7 @@ from .radam import RAdam
 from .rmsprop import RMSprop
 from .rprop import Rprop
 from .sgd import SGD
+from .warming import warmup
 
 __all__ = [
     "ASGD",
@@ -27,5 +28,6 @@ __all__ = [
     "RAdam",
     "RMSprop",
     "Rprop",
+    "warmup",
 ]
 __version__ = "0.1.0"

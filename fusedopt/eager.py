@@ -14,9 +14,10 @@ from .hyper import Number
 from .precision import KAHAN_COMP, MASTER_PARAM, ROUNDING_STEP
 
 if TYPE_CHECKING:
+    from .entry import Entry, Row
     from .gate import Gate
     from .optimizer import FusedOptimizer, Scalars
-    from .plan import Entry, Live, Row
+    from .plan import Live
 
 
 def read_gradients(entries: Sequence[Entry], live: Live, gate: Gate) -> None:

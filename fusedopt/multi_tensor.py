@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,10 +16,11 @@ from .precision import ROUNDING_STEP
 from .tables import Item, Signature, Tables, number_address
 
 if TYPE_CHECKING:
+    from .entry import Entry, Row
     from .gate import Gate
     from .hyper import Hyper
     from .optimizer import FusedOptimizer
-    from .plan import Entry, Live, Row
+    from .plan import Live
 
 NO_ELEMENTS = 1  # in place of the address of a gradient that is there but empty; 0 means that there is none
 
@@ -56,16 +57,9 @@ class KernelStep:
         if not entry.grad_lies_as(stride):
             self._grad_strides[position] = stride
         named = dict(zip(entry.names, row, strict=True))
+        signature = signature_of(optimizer, entry, param.dtype, named)
         scalar_states = [named.get(name) for name in (*optimizer.scalar_states, ROUNDING_STEP, EMA_STEP)]
         states = [named.get(name) for name in (*optimizer.states, entry.kept or "", EMA)]
-        signature = Signature(
-            layout.real_dtype(param.dtype),
-            layout.real_dtype(entry.grad_dtype),
-            tuple(None if state is None else layout.real_dtype(state.dtype) for state in states[:-2]),
-            entry.kept,
-            entry.seed is not None,
-            entry.averaged,
-        )
         return Item(
             position=position,
             group=entry.group,
@@ -125,6 +119,18 @@ class KernelStep:
         """The contents of the tables, for comparison; a stand-in counts for its parameter, wherever it lies."""
         names = {stand_in.data_ptr(): -1 - position for position, stand_in in self._stand_ins.items()}
         return [[names.get(value, value) for value in tables.static.tolist()] for tables in self._tables]
+
+
+def signature_of(optimizer: FusedOptimizer, entry: Entry, param: torch.dtype, named: Mapping[str, Tensor]) -> Signature:
+    """Which kernel steps a parameter of this dtype with these states."""
+    return Signature(
+        layout.real_dtype(param),
+        layout.real_dtype(entry.grad_dtype),
+        tuple(layout.real_dtype(named[name].dtype) if name in entry.names else None for name in optimizer.states),
+        entry.kept,
+        entry.seed is not None,
+        entry.averaged,
+    )
 
 
 Extent = tuple[int, int]

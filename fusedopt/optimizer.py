@@ -17,8 +17,8 @@ from .averaging import EMA, EMA_STEP, new_ema, swapped
 from .backend import BACKENDS, triton_is_installed, use_kernels, why_no_kernels
 from .declaration import check_declaration
 from .gate import SKIPPED_STEPS, Gate
-from .hyper import Hyper, is_number
-from .layout import scalar_dtype
+from .hyper import Hyper
+from .loading import shield, unshield
 from .options import DEFAULTS, check_group, option
 from .plan import Live, Plan, used_states
 from .precision import state_dtype
@@ -276,10 +276,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _step(self) -> None:
         self._check_not_swapped("step")
-        if self._hyper is None:
-            options = (*self.options, *DEFAULTS)
-            self._hyper = Hyper(self.hyperparameters, options, self.defaults, self._optional)
-        hyper = self._hyper
+        hyper = self._hyper = self._hyper or self._new_hyper()
         capturing = backends.is_capturing()
         if capturing:
             self._check_capture()
@@ -297,6 +294,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._captured = (*self._captured, plan)
         plan.run(self, live, hyper, gate)
         self._grad_norm = gate.grad_norm
+
+    def _new_hyper(self) -> Hyper:
+        return Hyper(self.hyperparameters, (*self.options, *DEFAULTS), self.defaults, self._optional)
 
     def _check_capture(self) -> None:
         if not all(group.get("capturable", True) for group in self.param_groups):
@@ -360,7 +360,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """
         self._check_not_swapped("load_state_dict")
         # Last of the hooks, so that it sees what the user's have made of the dict.
-        hook = self.register_load_state_dict_pre_hook(_shield)
+        hook = self.register_load_state_dict_pre_hook(shield)
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -380,7 +380,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         for owner, values in loaded.items():
             if isinstance(values, dict):
                 device = owner.device if isinstance(owner, Tensor) else None
-                loaded[owner] = {key: _unshield(key, value, device, self) for key, value in values.items()}
+                loaded[owner] = {key: unshield(key, value, device, self) for key, value in values.items()}
         super().__setstate__(state)
         self._plan = self._hyper = None
         for group in self.param_groups:
@@ -406,37 +406,3 @@ def _untraced(function: Callable[..., Any], *args: Any) -> Any:
 
 
 _DEBUG = os.environ.get("FUSEDOPT_DEBUG", "0") not in ("", "0")
-
-
-class _Shielded:
-    """Carries a tensor through torch's load_state_dict, which would cast it to the parameter's dtype."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-
-def _shield(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    state = {
-        key: {k: _Shielded(v) if isinstance(v, Tensor) else v for k, v in values.items()}
-        if isinstance(values, dict)
-        else values
-        for key, values in state_dict["state"].items()
-    }
-    groups = list(state_dict["param_groups"])
-    if len(groups) == len(optimizer.param_groups):
-        unsaved = ("params", "param_names")
-        groups = [
-            {**{k: v for k, v in own.items() if k not in unsaved}, **loaded}
-            for own, loaded in zip(optimizer.param_groups, groups, strict=True)
-        ]
-    return {**state_dict, "state": state, "param_groups": groups}
-
-
-def _unshield(key: str, value: Any, device: torch.device | None, optimizer: FusedOptimizer) -> Any:
-    scalar_states = (*optimizer.scalar_states, precision.ROUNDING_STEP, EMA_STEP)
-    if not isinstance(value, _Shielded):
-        number = key in scalar_states and is_number(value)
-        return torch.tensor(float(value), dtype=scalar_dtype()) if number else value
-    if key in scalar_states or device is None:
-        return value.tensor.clone()  # the step brings it where its backend reads it
-    return value.tensor.to(device, copy=True)

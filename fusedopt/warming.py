@@ -1,0 +1,60 @@
+"""Compiling ahead of the first step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from . import backend
+from .declaration import count_scalars
+from .entry import entries_of
+from .gate import Gate
+from .multi_tensor import signature_of
+from .tables import Item, Signature, Tables
+
+if TYPE_CHECKING:
+    from .optimizer import FusedOptimizer
+
+
+def warmup(optimizer: FusedOptimizer) -> None:
+    """Compile the kernels that the steps of an optimizer will launch, so that the first one does not wait for them.
+
+    Launches each of them once, with nothing to do: no parameter and no state is read, written or created. Triton keeps
+    what it has compiled on disk, so this takes seconds only once on a machine. Without parameters that the kernels
+    step, nothing happens.
+
+    Where a parameter has no gradient yet, its gradients are expected in the parameter's dtype. What turns up only later
+    (another dtype, an option switched on) is compiled when it is there.
+
+    Args:
+        optimizer: any optimizer of this package, made and, if it is to be, loaded.
+    """
+    found: dict[torch.device, dict[Signature, Item]] = {}
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    for entry, param in zip(entries_of(optimizer, {}), params, strict=True):
+        if not entry.kernels or backend.why_no_kernels(param, interpreted=True) is not None:
+            continue
+        entry.grad_meta = entry.grad_meta or (param.dtype,)
+        states = dict(optimizer.state.get(param, {}))
+        if any(states.get(name) is None for name in entry.state_names):
+            created: dict[str, torch.Tensor] = {}
+            group = optimizer.param_groups[entry.group]
+            optimizer.create_states(torch.empty_like(param, device="meta"), created, group)
+            states = {**created, **states}
+        signature = signature_of(optimizer, entry, param.dtype, states)
+        # One element at no address, which is never read: no gradient, no step.
+        nowhere = (0,) * (3 + len(optimizer.states)), (0,) * (2 + len(optimizer.scalar_states))
+        item = Item(entry.index, entry.group, signature, 1, entry.index, 0, *nowhere)
+        found.setdefault(param.device, {}).setdefault(signature, item)
+
+    hyper = optimizer._new_hyper()
+    hyper.refresh(optimizer.param_groups)
+    n_scalars = count_scalars(type(optimizer), hyper.count)
+    for device, items in found.items():
+        tables = Tables(optimizer, list(items.values()), n_scalars, device)
+        gate = Gate(optimizer, hyper)
+        tables.read([0] * len(items), hyper, gate)
+        if gate.reads_gradients:
+            gate.partials.append(tables.sum_squares())
+        tables.step(gate)
