@@ -1,7 +1,7 @@
 """Steps whose kernels are compiled for a GPU that is not there: the launches end before the device.
 
 Runs in a process without TRITON_INTERPRET. Takes options of the optimizer as JSON, and prints as JSON the name of every
-compiled kernel and how many versions of each the runtime asked for. The tensors lie on the CPU; nobody reads through
+compiled kernel and how many versions of each the runtime asked for: by `warmup` alone, and in the end. The tensors lie on the CPU; nobody reads through
 their addresses.
 """
 
@@ -56,6 +56,10 @@ def main():
     backend.triton_interprets = lambda: True  # lets tensors on the CPU through; tables.py goes on with a GPU's tiling
     tables.launch = compile_only
 
+    fusedopt.warmup(fusedopt.AdamW(parameters([5]), backend="triton", **options))
+    ahead = dict(compiled)
+    launches.clear()
+    numbers = torch.tensor([0.0, 1.0, 2.0])
     for count in (1, 2, 3, 15, 16, 17, 33, 200):
         params = parameters(range(count))
         optimizer = fusedopt.AdamW(params, lr=0.1 * count, backend="triton", **options)
@@ -70,8 +74,12 @@ def main():
                 unaligned = torch.nn.Parameter(torch.ones(18, dtype=torch.bfloat16)[1:])
                 unaligned.grad = torch.ones_like(unaligned)
                 optimizer.add_param_group({"params": [unaligned], "lr": 1})
+            if step % 3 == 1:
+                optimizer.grad_scale, optimizer.found_inf = numbers[2], numbers[step % 2]
             optimizer.step()
-    print(json.dumps({"compiled": compiled, "launches": launches}))
+            optimizer.__dict__.pop("grad_scale", None)
+            optimizer.__dict__.pop("found_inf", None)
+    print(json.dumps({"ahead": ahead, "compiled": compiled, "launches": launches}))
 
 
 if __name__ == "__main__":
