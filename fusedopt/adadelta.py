@@ -38,7 +38,7 @@ class Adadelta(FusedOptimizer):
         eps: :math:`\epsilon \ge 0`.
         weight_decay: :math:`\lambda \ge 0`.
         foreach: accepted and without effect.
-        capturable: stored for the sake of torch.
+        capturable: whether the step may be captured in a CUDA graph.
         maximize: negate the gradient first.
         differentiable: must be false.
         **common: what every optimizer takes, ``backend`` and those for low precision: see `FusedOptimizer`.

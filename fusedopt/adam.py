@@ -41,7 +41,7 @@ class Adam(FusedOptimizer):
         amsgrad: use the largest second moment so far.
         foreach: accepted and without effect.
         maximize: negate the gradient first.
-        capturable: stored for the sake of torch.
+        capturable: whether the step may be captured in a CUDA graph.
         differentiable: must be false.
         fused: False is ``backend="eager"``; None and True leave the choice to `backend`.
         decoupled_weight_decay: :math:`\theta \leftarrow (1 - \eta\lambda)\theta` before the update, in place of the

@@ -39,7 +39,7 @@ class Adamax(FusedOptimizer):
         foreach: accepted and without effect.
         maximize: negate the gradient first.
         differentiable: must be false.
-        capturable: stored for the sake of torch.
+        capturable: whether the step may be captured in a CUDA graph.
         **common: what every optimizer takes, ``backend`` and those for low precision: see `FusedOptimizer`.
 
     State:

@@ -36,7 +36,7 @@ class Lion(FusedOptimizer):
         weight_decay: :math:`\lambda \ge 0`, decoupled from the gradient.
         maximize: negate the gradient first.
         foreach: accepted and without effect.
-        capturable: stored for the sake of torch.
+        capturable: whether the step may be captured in a CUDA graph.
         differentiable: must be false.
         fused: False is ``backend="eager"``; None and True leave the choice to `backend`.
         **common: what every optimizer takes, ``backend`` and those for low precision: see `FusedOptimizer`.

@@ -42,7 +42,7 @@ class NAdam(FusedOptimizer):
             first line.
         foreach: accepted and without effect.
         maximize: negate the gradient first.
-        capturable: stored for the sake of torch.
+        capturable: whether the step may be captured in a CUDA graph.
         differentiable: must be false.
         **common: what every optimizer takes, ``backend`` and those for low precision: see `FusedOptimizer`.
 

@@ -43,7 +43,7 @@ class RMSprop(FusedOptimizer):
         weight_decay: :math:`\lambda \ge 0`.
         momentum: :math:`\mu \ge 0`.
         centered: divide by the standard deviation of the gradient instead.
-        capturable: stored for the sake of torch.
+        capturable: whether the step may be captured in a CUDA graph.
         foreach: accepted and without effect.
         maximize: negate the gradient first.
         differentiable: must be false.

@@ -37,7 +37,7 @@ class Rprop(FusedOptimizer):
         lr: the length of the first step, at least 0, a number or a one-element tensor. Of no effect afterwards.
         etas: :math:`\eta_- \in (0, 1)` and :math:`\eta_+ > 1`.
         step_sizes: :math:`s_{min}` and :math:`s_{max}`.
-        capturable: stored for the sake of torch.
+        capturable: whether the step may be captured in a CUDA graph.
         foreach: accepted and without effect.
         maximize: negate the gradient first.
         differentiable: must be false.

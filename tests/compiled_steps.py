@@ -1,8 +1,8 @@
 """Steps whose kernels are compiled for a GPU that is not there: the launches end before the device.
 
 Runs in a process without TRITON_INTERPRET. Takes options of the optimizer as JSON, and prints as JSON the name of every
-compiled kernel and how many versions of each the runtime asked for: by `warmup` alone, and in the end. The tensors lie on the CPU; nobody reads through
-their addresses.
+compiled kernel and how many versions of each the runtime asked for: by `warmup` alone, and in the end. The tensors lie
+on the CPU; nobody reads through their addresses.
 """
 
 import json
