@@ -140,8 +140,8 @@ class Plan:
 
     def run(self, optimizer: FusedOptimizer, live: Live, hyper: Hyper, gate: Gate) -> None:
         """Step every parameter that has a gradient, if the gate lets the step pass."""
+        device = torch.device("cpu") if self._kernels is None else self._kernels.device
         if gate.may_skip:
-            device = torch.device("cpu") if self._kernels is None else self._kernels.device
             gate.skipped_steps = settled_counter(optimizer, device)
         if self._has_eager and gate.reads_gradients:
             eager.read_gradients(self.entries, live, gate)
@@ -149,6 +149,8 @@ class Plan:
             self._kernels.run(live, hyper, gate)
         if self._has_eager:
             eager.step(optimizer, self.entries, live, hyper.rows, gate)
+        if gate.reads_gradients and gate.grad_norm is None:  # there was none to read
+            gate.grad_norm = torch.zeros((), dtype=torch.float64, device=device)
 
     def describes_the_same(self, other: Plan) -> bool:
         """Whether two plans would step the same memory in the same way."""

@@ -165,7 +165,7 @@ class Tables:
         self._n_hyper = 0
         self._dynamic = np.empty(0, dtype=np.int64)
         self._dynamic_slices: list[Tensor] = []
-        self._staging: Tensor | None = None
+        self._spare: Tensor | None = None
 
     def is_current(self) -> bool:
         """Whether the tables can be used on the current stream: on that which they were made on and owns their memory.
@@ -268,13 +268,22 @@ class Tables:
     def _upload(self, array: Array) -> Tensor:
         """A copy on the device. The pinned source may go: torch's host allocator keeps it until it has been read."""
         host = torch.from_numpy(array)
-        capturing = backend.is_capturing()
-        if self.device.type == "cuda" and not capturing:  # while a graph is captured, no pinned memory can be had
-            host = host.pin_memory()
+        if self.device.type == "cuda":
+            host = self._pinned(len(array)).copy_(host)
         copy = host.to(self.device, non_blocking=True)
-        if capturing:  # and a graph reads the source again at each replay
+        if backend.is_capturing():  # a graph reads the source again at each replay
             self._graphs.append((host, copy))
         return copy
+
+    def _pinned(self, size: int) -> Tensor:
+        """Pinned memory, from which alone a captured copy may read. PyTorch 2.10 can allocate none while it captures."""
+        if backend.is_capturing():
+            spare, self._spare = self._spare, None
+            if spare is not None and len(spare) == size:
+                return spare
+        elif self._spare is None or len(self._spare) != size:
+            self._spare = torch.empty(size, dtype=torch.int64, pin_memory=True)  # for a capture that may come
+        return torch.empty(size, dtype=torch.int64, pin_memory=True)
 
     def _on_device(self) -> AbstractContextManager[Any]:
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
