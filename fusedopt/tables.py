@@ -28,6 +28,7 @@ Array = np.ndarray[Any, Any]
 
 PREPARE_BLOCK_SIZE = 128
 SQUARES_BLOCK_SIZE = 1024
+SQUARES_CHUNK_SIZE = 16 * SQUARES_BLOCK_SIZE  # one look-up serves many elements
 # Programs that add up squares: enough for a large GPU, few for the interpreter. Fixed, so that the sums are too.
 SQUARES_PROGRAMS = {False: 1024, True: 4}
 LAUNCH_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
@@ -276,7 +277,7 @@ class Tables:
         return copy
 
     def _pinned(self, size: int) -> Tensor:
-        """Pinned memory, from which alone a captured copy may read. PyTorch 2.10 can allocate none while it captures."""
+        """Pinned memory: a captured copy may read from no other, and PyTorch 2.10 can allocate none while it captures."""
         if backend.is_capturing():
             spare, self._spare = self._spare, None
             if spare is not None and len(spare) == size:
@@ -300,15 +301,10 @@ class Squares:
         for tensor, item in enumerate(items):
             rows.setdefault(item.signature.grad, []).append((tensor, item.numel))
         arrays = [np.array(same, dtype=np.int64) for same in rows.values()]
-        pairs = [(same.reshape(-1), chunks_of(same[:, 1], self.chunk_size)) for same in arrays]
+        pairs = [(same.reshape(-1), chunks_of(same[:, 1], SQUARES_CHUNK_SIZE)) for same in arrays]
         self.sections = [section for pair in pairs for section in pair]
         self.tables: list[Tensor] = []  # the same on the device
         self._dtypes = list(rows)
-
-    @property
-    def chunk_size(self) -> int:
-        """Elements of a chunk: some blocks, so that one look-up serves many elements."""
-        return 16 * SQUARES_BLOCK_SIZE
 
     def launch(self, grads: Tensor, device: torch.device) -> Tensor:
         """One launch for each dtype."""
@@ -330,13 +326,20 @@ class Squares:
                     chunks.view(torch.int32),
                     partials[first : first + count],
                     len(chunks),
-                    GRAD=triton_type(dtype),
-                    BLOCK_SIZE=SQUARES_BLOCK_SIZE,
-                    CHUNK_SIZE=self.chunk_size,
-                    CONTIGUITY=16 // dtype.itemsize,
+                    **squares_constants(dtype),
                     **LAUNCH_OPTIONS,
                 )
         return partials
+
+
+def squares_constants(grad: torch.dtype) -> dict[str, Any]:
+    """The compile-time arguments of `sum_squares`."""
+    return {
+        "GRAD": triton_type(grad),
+        "BLOCK_SIZE": SQUARES_BLOCK_SIZE,
+        "CHUNK_SIZE": SQUARES_CHUNK_SIZE,
+        "CONTIGUITY": 16 // grad.itemsize,
+    }
 
 
 def _on(device: torch.device, number: Any, default: Tensor) -> Tensor:
