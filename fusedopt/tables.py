@@ -270,7 +270,8 @@ class Tables:
         """A copy on the device. The pinned source may go: torch's host allocator keeps it until it has been read."""
         host = torch.from_numpy(array)
         if self.device.type == "cuda":
-            host = self._pinned(len(array)).copy_(host)
+            host = self._pinned(len(array))
+            host.numpy()[:] = array
         copy = host.to(self.device, non_blocking=True)
         if backend.is_capturing():  # a graph reads the source again at each replay
             self._graphs.append((host, copy))
