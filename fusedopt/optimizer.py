@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -15,13 +15,16 @@ from . import backend as backends
 from . import precision
 from .averaging import EMA, EMA_STEP, new_ema, swapped
 from .backend import BACKENDS, triton_is_installed, use_kernels, why_no_kernels
+from .backend import DEBUG as _DEBUG
 from .declaration import check_declaration
+from .entry import param_name
 from .gate import SKIPPED_STEPS, Gate
 from .hyper import Hyper
 from .loading import shield, unshield
 from .options import DEFAULTS, check_group, option
-from .plan import Live, Plan, used_states
+from .plan import Live, Plan, all_params, used_states
 from .precision import state_dtype
+from .sharding import is_sharded, local_grads
 
 Group: TypeAlias = dict[str, Any]
 Scalars: TypeAlias = tuple[float, ...]
@@ -245,7 +248,16 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """What torch.amp.GradScaler asks before it leaves unscaling and skipping to the step."""
+        """What torch.amp.GradScaler asks before it leaves unscaling and skipping to the step.
+
+        Where parameters are sharded, the step asks all ranks whether to skip, in kernels or not. GradScaler does not.
+        """
+        if any(is_sharded(param) for group in self.param_groups for param in group["params"]):
+            return True
+        return self._all_in_kernels
+
+    @property
+    def _all_in_kernels(self) -> bool:
         if self._plan is not None:
             return self._plan.all_in_kernels
         return all(use_kernels(self.backend, group, param) for group in self.param_groups for param in group["params"])
@@ -304,7 +316,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 f"{type(self).__name__}.step() is being captured in a CUDA graph, but capturable is False: make the "
                 "optimizer with capturable=True (or set it in every param group), and make a step before the capture"
             )
-        if not self._step_supports_amp_scaling:
+        if not self._all_in_kernels:
             raise RuntimeError("a step can be captured in a CUDA graph where the kernels run for all parameters only")
 
     def _planned(self, hyper: Hyper, hyper_changed: bool) -> tuple[Plan, Live]:
@@ -312,13 +324,20 @@ class FusedOptimizer(torch.optim.Optimizer):
         plan = self._plan
         if plan is not None and hyper_changed and used_states(self) != plan.uses:
             plan = None
-        live = plan.gather(self) if plan is not None else None
+        # Once in a step, since it may take the other ranks. A plan without DTensors notices the first one itself.
+        params = all_params(self)
+        grads = None
+        if self._plan is None or self._plan.is_sharded:
+            grads = local_grads(params, partial(param_name, self))
+        live = plan.gather(self, grads) if plan is not None else None
         if plan is not None and live is not None and not _DEBUG:
             return plan, live
-        fresh = Plan(self, hyper, self._plan)
+        if grads is None:
+            grads = local_grads(params, partial(param_name, self))
+        fresh = Plan(self, hyper, self._plan, grads)
         if plan is not None and live is not None and not plan.describes_the_same(fresh):
             raise RuntimeError("FUSEDOPT_DEBUG: something moved since the last step and was not noticed")
-        return fresh, fresh.read(self)
+        return fresh, fresh.read(self, grads)
 
     @property
     def _optional(self) -> dict[str, Any]:
@@ -403,6 +422,3 @@ class FusedOptimizer(torch.optim.Optimizer):
 @torch._disable_dynamo  # torch.compiler.disable would import dynamo and Triton as soon as fusedopt is imported
 def _untraced(function: Callable[..., Any], *args: Any) -> Any:
     return function(*args)
-
-
-_DEBUG = os.environ.get("FUSEDOPT_DEBUG", "0") not in ("", "0")

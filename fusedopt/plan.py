@@ -6,21 +6,24 @@ and says whether the plan still describes them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from operator import itemgetter
+from operator import is_, itemgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from . import eager
-from .entry import Entry, Row, check, entries_of, is_plain, is_ready, settle_states, tuple_getter
+from . import backend, eager
+from .entry import Entry, Row, check, entries_of, is_plain, is_ready, param_name, settle_states, tuple_getter
 from .gate import Gate, settled_counter
 from .hyper import Hyper
 from .multi_tensor import KernelStep
 from .options import option
+from .ranks import Ranks
+from .sharding import is_sharded, local, spec_of, tell_autograd
 from .watch import MetaWatch, meta
 
 if TYPE_CHECKING:
@@ -31,7 +34,7 @@ PRECISION = ("state_dtype", "master_weights", "kahan", "rounding", "seed")  # th
 
 @dataclass(slots=True)
 class Live:
-    """The tensors of this step, one item an entry; a row holds the entry's `names`."""
+    """The tensors of this step, one item an entry, a row for its `names`; of DTensors, what this rank holds."""
 
     params: list[Tensor]
     grads: list[Tensor | None]
@@ -39,24 +42,28 @@ class Live:
     watched: list[Tensor]  # parameters and states, one after the other
     has_grad: list[bool]
     n_grads: int  # of all parameters, also of those outside the plan
+    specs: list[Any]  # how each of `watched` is sharded, if any is
 
 
 class Plan:
     """The entries of an optimizer and how to see that they are what they were."""
 
-    def __init__(self, optimizer: FusedOptimizer, hyper: Hyper, previous: Plan | None) -> None:
-        params = _all_params(optimizer)
+    def __init__(
+        self, optimizer: FusedOptimizer, hyper: Hyper, previous: Plan | None, grads: Sequence[Tensor | None]
+    ) -> None:
+        params = all_params(optimizer)
         known = previous.grad_metas() if previous is not None else {}
+        everything = entries_of(optimizer, grads, known)
         self.entries: list[Entry] = []
-        for entry in entries_of(optimizer, known):
-            param = params[entry.index]
-            if param.grad is not None:
-                check(optimizer, entry, param)
+        for entry in everything:
+            param, grad = params[entry.index], grads[entry.index]
+            if grad is not None:
+                check(optimizer, entry, param, grad)
                 self.entries.append(entry)
             elif entry.grad_meta is not None and is_ready(optimizer, entry, param):
                 self.entries.append(entry)
         for entry in self.entries:
-            settle_states(optimizer, entry, params[entry.index])
+            settle_states(optimizer, entry, params[entry.index], grads[entry.index])
 
         self.uses = used_states(optimizer)
         self._backend = optimizer.backend
@@ -73,7 +80,14 @@ class Plan:
             self._row_of.append(row)
         self._getters = list(map(tuple_getter, names))
 
-        live = self.read(optimizer)
+        self.is_sharded = any(map(is_sharded, params))
+        self._ranks = Ranks(params)
+        for entry in self.entries:
+            entry.part = self._ranks.part_of[entry.index]
+        # Where the host decides it waits anyway; that is so on all ranks or on none.
+        self._compares_ranks = backend.DEBUG or not any(entry.kernels for entry in everything)
+        live = self.read(optimizer, grads)
+        self._specs = live.specs
         # Sparse states and fake tensors have no address: with one of them every step makes a new plan.
         self._watchable = not any(
             tensor.layout != torch.strided or isinstance(tensor, FakeTensor) for tensor in live.watched
@@ -93,10 +107,15 @@ class Plan:
         """By the id of the parameter, how its gradient last lay."""
         return {self._param_ids[entry.index]: entry.grad_meta for entry in self.entries}
 
-    def read(self, optimizer: FusedOptimizer) -> Live:
-        """The tensors of this step. KeyError or TypeError where a state is gone or no tensor any more."""
-        params = _all_params(optimizer)
-        grads = [param.grad for param in params]
+    def read(self, optimizer: FusedOptimizer, local_grads: Sequence[Tensor | None] | None) -> Live:
+        """The tensors of this step. KeyError or TypeError where a state is gone or no tensor any more.
+
+        Args:
+            optimizer: whose they are.
+            local_grads: what this rank holds of each gradient, None where nothing is sharded.
+        """
+        params = all_params(optimizer)
+        grads = [param.grad for param in params] if local_grads is None else list(local_grads)
         # In the order of `optimizer.state`: looking a parameter up would hash it, which torch does in Python.
         rows = [get(state) for get, state in zip(self._getters, optimizer.state.values(), strict=True)]
         has_grad = [grad is not None for grad in grads]
@@ -106,21 +125,29 @@ class Plan:
             grads = [grads[entry.index] for entry in self.entries]
             has_grad = [has_grad[entry.index] for entry in self.entries]
         watched = [*params, *chain.from_iterable(rows)]
+        specs = []
+        if self.is_sharded:
+            specs = list(map(spec_of, watched))
+            watched = list(map(local, watched))
+            params = list(map(local, params))
+            rows = [tuple(map(local, row)) for row in rows]
         rows.append(())  # of an entry without states, at -1
-        return Live(params, grads, [rows[i] for i in self._row_of], watched, has_grad, n_grads)
+        return Live(params, grads, [rows[i] for i in self._row_of], watched, has_grad, n_grads, specs)
 
-    def gather(self, optimizer: FusedOptimizer) -> Live | None:
+    def gather(self, optimizer: FusedOptimizer, local_grads: Sequence[Tensor | None] | None) -> Live | None:
         """The tensors of this step if all of them are where and what the plan says, else None."""
         if (
             not self._watchable
             or optimizer.backend != self._backend
-            or list(map(id, _all_params(optimizer))) != self._param_ids
+            or list(map(id, all_params(optimizer))) != self._param_ids
             or list(map(id, optimizer.state)) != self._state_ids
             or [len(group["params"]) for group in optimizer.param_groups] != self._group_sizes
         ):
             return None
         try:
-            live = self.read(optimizer)
+            live = self.read(optimizer, local_grads)
+            if not all(map(is_, live.specs, self._specs)):
+                return None
             # The reference works on the tensors themselves, wherever they lie.
             addresses = [] if self._kernels is None else list(map(Tensor.data_ptr, live.watched))
             if addresses != self._addresses or not self._watch.holds(live.watched):
@@ -143,12 +170,28 @@ class Plan:
         if gate.may_skip:
             device = torch.device("cpu") if self._kernels is None else self._kernels.device
             gate.skipped_steps = settled_counter(optimizer, device)
+        if gate.needs_ranks and self._ranks:
+            gate.ranks = self._ranks
+            if self._compares_ranks:
+                self._compare_ranks(optimizer, live)
         if self._has_eager and gate.reads_gradients:
             eager.read_gradients(self.entries, live, gate)
         if self._kernels is not None:
             self._kernels.run(live, hyper, gate)
+        gate.ask_ranks()
         if self._has_eager:
             eager.step(optimizer, self.entries, live, hyper.rows, gate)
+        if gate.ranks is not None and not gate.decided:
+            gate.decide()  # a rank without a gradient
+        if self.is_sharded:
+            tell_autograd(all_params(optimizer))
+
+    def _compare_ranks(self, optimizer: FusedOptimizer, live: Live) -> None:
+        names = [param_name(optimizer, index) for index in range(len(self._param_ids))]
+        has_grad = [False] * len(names)
+        for entry, has in zip(self.entries, live.has_grad, strict=True):
+            has_grad[entry.index] = has
+        self._ranks.check_agreement(has_grad, names)
 
     def describes_the_same(self, other: Plan) -> bool:
         """Whether two plans would step the same memory in the same way."""
@@ -180,5 +223,6 @@ def used_states(optimizer: FusedOptimizer) -> list[tuple[Any, ...]]:
     ]
 
 
-def _all_params(optimizer: FusedOptimizer) -> list[Tensor]:
+def all_params(optimizer: FusedOptimizer) -> list[Tensor]:
+    """The parameters of all groups."""
     return list(chain.from_iterable(map(itemgetter("params"), optimizer.param_groups)))

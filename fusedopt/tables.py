@@ -113,6 +113,8 @@ class Item:
     seed: int  # as a signed number
     addresses: tuple[int, ...]  # parameter, states, what keeps the parameter's lost part, the average; 0 = absent
     scalar_addresses: tuple[int, ...]  # of `number_address`; the last two count the roundings and the averagings
+    part: int = 0  # of `Ranks`
+    first: int = 0  # the place of the first element in the whole parameter, for stochastic rounding
 
 
 class Tables:
@@ -137,7 +139,9 @@ class Tables:
             *self._squares.sections,
         ]
         for signature, same in members.items():
-            rows = np.array([(item.numel, item.tensor, item.seed, *item.addresses) for item in same], dtype=np.int64)
+            rows = np.array(
+                [(item.numel, item.tensor, item.seed, item.first, *item.addresses) for item in same], dtype=np.int64
+            )
             sections += [rows.reshape(-1), chunks_of(rows[:, 0], signature.tiling[1])]
         self.static, bounds = _pack(sections)
         self._graphs: list[Any] = []  # what captured graphs read, which may neither change nor go
@@ -185,8 +189,8 @@ class Tables:
         if backend.is_capturing() or not np.array_equal(dynamic, self._dynamic):
             self._dynamic, self._dynamic_slices = dynamic, _slices(self._upload(dynamic), bounds)
 
-    def sum_squares(self) -> Tensor:
-        """Sums of squares of the gradients, and how many elements are not finite: float64 [n, 2]."""
+    def sum_squares(self) -> list[tuple[int, Tensor]]:
+        """For each part, sums of squares of its gradients, and how many elements are not finite: float64 [n, 2]."""
         with self._on_device():
             return self._squares.launch(self._dynamic_slices[0], self.device)
 
@@ -201,6 +205,7 @@ class Tables:
         if gate.partials and gate.grad_norm is None:
             gate.grad_norm = grad_norm
         skipped_steps = gate.take_counter()
+        gate.decided = True
         found_inf = _on(self.device, gate.found_inf, self._zero)
         grad_scale = _on(self.device, gate.grad_scale, self._one)
         with self._on_device():
@@ -284,33 +289,33 @@ class Tables:
 
 
 class Squares:
-    """The gradients of some tables as `sum_squares` reads them: by their dtype, whatever else they are."""
+    """The gradients of some tables as `sum_squares` reads them: by their part and dtype, whatever else they are."""
 
     def __init__(self, items: Sequence[Item]) -> None:
-        rows: dict[torch.dtype, list[tuple[int, int]]] = {}
+        rows: dict[tuple[int, torch.dtype], list[tuple[int, int]]] = {}
         for tensor, item in enumerate(items):
-            rows.setdefault(item.signature.grad, []).append((tensor, item.numel))
+            rows.setdefault((item.part, item.signature.grad), []).append((tensor, item.numel))
         arrays = [np.array(same, dtype=np.int64) for same in rows.values()]
         pairs = [(same.reshape(-1), chunks_of(same[:, 1], self.chunk_size)) for same in arrays]
         self.sections = [section for pair in pairs for section in pair]
         self.tables: list[Tensor] = []  # the same on the device
-        self._dtypes = list(rows)
+        self._kinds = list(rows)
 
     @property
     def chunk_size(self) -> int:
         """Elements of a chunk: some blocks, so that one look-up serves many elements."""
         return 16 * SQUARES_BLOCK_SIZE
 
-    def launch(self, grads: Tensor, device: torch.device) -> Tensor:
-        """One launch for each dtype."""
+    def launch(self, grads: Tensor, device: torch.device) -> list[tuple[int, Tensor]]:
+        """One launch for each part and dtype; for each part, what it left."""
         from .kernels import gate as kernels
 
         programs = SQUARES_PROGRAMS[triton_interprets()]
         counts = [min(len(chunks), programs) for chunks in self.tables[1::2]]
         partials = torch.empty((sum(counts), 2), dtype=torch.float64, device=device)
         firsts = [0, *accumulate(counts)]
-        for dtype, rows, chunks, first, count in zip(
-            self._dtypes, self.tables[::2], self.tables[1::2], firsts, counts, strict=False
+        for (_, dtype), rows, chunks, first, count in zip(
+            self._kinds, self.tables[::2], self.tables[1::2], firsts, counts, strict=False
         ):
             if count:
                 launch(
@@ -327,7 +332,12 @@ class Squares:
                     CONTIGUITY=16 // dtype.itemsize,
                     **LAUNCH_OPTIONS,
                 )
-        return partials
+        if len({part for part, _ in self._kinds}) == 1:
+            return [(self._kinds[0][0], partials)]
+        return [
+            (part, partials[first : first + count])
+            for (part, _), first, count in zip(self._kinds, firsts, counts, strict=False)
+        ]
 
 
 def _on(device: torch.device, number: Any, default: Tensor) -> Tensor:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
 from . import backend
 from .declaration import count_scalars
-from .entry import entries_of
+from .entry import entries_of, param_name
 from .gate import Gate
 from .multi_tensor import signature_of
+from .sharding import local, local_grads
 from .tables import Item, Signature, Tables
 
 if TYPE_CHECKING:
@@ -32,7 +34,8 @@ def warmup(optimizer: FusedOptimizer) -> None:
     """
     found: dict[torch.device, dict[Signature, Item]] = {}
     params = [param for group in optimizer.param_groups for param in group["params"]]
-    for entry, param in zip(entries_of(optimizer, {}), params, strict=True):
+    grads = local_grads(params, partial(param_name, optimizer))
+    for entry, param in zip(entries_of(optimizer, grads, {}), params, strict=True):
         if not entry.kernels or backend.why_no_kernels(param, interpreted=True) is not None:
             continue
         entry.grad_meta = entry.grad_meta or (param.dtype,)
@@ -40,7 +43,7 @@ def warmup(optimizer: FusedOptimizer) -> None:
         if any(states.get(name) is None for name in entry.state_names):
             created: dict[str, torch.Tensor] = {}
             group = optimizer.param_groups[entry.group]
-            optimizer.create_states(torch.empty_like(param, device="meta"), created, group)
+            optimizer.create_states(torch.empty_like(local(param), device="meta"), created, group)
             states = {**created, **states}
         signature = signature_of(optimizer, entry, param.dtype, states)
         # One element at no address, which is never read: no gradient, no step.
@@ -56,5 +59,6 @@ def warmup(optimizer: FusedOptimizer) -> None:
         gate = Gate(optimizer, hyper)
         tables.read([0] * len(items), hyper, gate)
         if gate.reads_gradients:
-            gate.partials.append(tables.sum_squares())
+            for _, partials in tables.sum_squares():
+                gate.add(partials)
         tables.step(gate)
