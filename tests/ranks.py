@@ -55,6 +55,11 @@ def on_ranks(count: int) -> Callable[[Callable[..., None]], Callable[..., None]]
     return decorate
 
 
+def run_on_ranks(count: int, function: Callable[..., None], **arguments: Any) -> None:
+    """The same for a function that is a part of a test."""
+    POOL.run(function.__module__, function.__qualname__, count, arguments)
+
+
 def rank_device() -> torch.device:
     """Where the tensors of this rank lie: each has a GPU of its own, or none has."""
     return torch.device("cuda", dist.get_rank()) if dist.get_backend() == "nccl" else torch.device("cpu")
@@ -145,7 +150,8 @@ def _call(module: str, name: str, rank: int, count: int, store: str, arguments: 
             world_size=count,
             timeout=COLLECTIVE_TIMEOUT,
         )
-        getattr(importlib.import_module(module), name).body(**arguments)
+        function = getattr(importlib.import_module(module), name)
+        getattr(function, "body", function)(**arguments)
         dist.barrier()  # nobody leaves while another may still fail
         dist.destroy_process_group()
         gc.collect()
