@@ -144,7 +144,7 @@ class _Rounding:
     """Rounds the values of one parameter and step at random, if its group asks for that."""
 
     def __init__(self, entry: Entry, param: Tensor, named: Mapping[str, Tensor]) -> None:
-        self._seed, self._tensor, self._first = entry.seed, entry.index, entry.first
+        self._seed, self._tensor, self._first = entry.seed, entry.tensor, entry.first
         if entry.seed is None:
             return
         self._step = int(named[ROUNDING_STEP].add_(1))

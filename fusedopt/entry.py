@@ -29,6 +29,7 @@ class Entry:
     """One parameter of a plan. Holds no tensor: a strong reference would defeat offloading and `swap_tensors`."""
 
     index: int  # among the parameters of all groups
+    tensor: int  # the same for random numbers: that of the whole optimizer, where this is a part of one
     group: int
     name: str
     kernels: bool
@@ -88,14 +89,15 @@ def param_name(optimizer: FusedOptimizer, index: int) -> str:
     """What messages call a parameter, by its place among the parameters of all groups."""
     for group_index, group in enumerate(optimizer.param_groups):
         if index < len(group["params"]):
-            return _name(group, group_index, index)
+            return _name(optimizer, group_index, index)
         index -= len(group["params"])
     raise IndexError(index)
 
 
-def _name(group: dict[str, Any], group_index: int, position: int) -> str:
-    name = f"parameter {position} of group {group_index}"
-    names = group.get("param_names", ())
+def _name(optimizer: FusedOptimizer, group_index: int, position: int) -> str:
+    first_group, first_position, _ = optimizer._origin
+    name = f"parameter {first_position + position} of group {first_group + group_index}"
+    names = optimizer.param_groups[group_index].get("param_names", ())
     return f"{name} ({names[position]!r})" if position < len(names) else name
 
 
@@ -125,7 +127,7 @@ def entries_of(
         state_names = tuple(name for name in optimizer.states if optimizer.uses(name, group))
         pick_states = _state_picker(optimizer.states, state_names, len(scalar_names))
         for position, param in enumerate(group["params"]):
-            name = _name(group, group_index, position)
+            name = _name(optimizer, group_index, position)
             if not isinstance(param, Tensor):
                 raise TypeError(f"{name} must be a Tensor, but it is {torch.typename(param)}")
             grad = grads[index]
@@ -137,6 +139,7 @@ def entries_of(
             entries.append(
                 Entry(
                     index=index,
+                    tensor=optimizer._origin[2] + index,
                     group=group_index,
                     name=name,
                     kernels=kernels,

@@ -65,7 +65,7 @@ class KernelStep:
             group=entry.group,
             signature=signature,
             numel=param.numel() * (2 if param.is_complex() else 1),
-            tensor=entry.index,
+            tensor=entry.tensor,
             part=entry.part,
             first=entry.first * (2 if param.is_complex() else 1),
             seed=int(np.uint64(entry.seed or 0).view(np.int64)),

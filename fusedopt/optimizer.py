@@ -112,6 +112,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     _grad_norm: Tensor | None = None
     _may_skip: bool = False  # whether any step could have been skipped
     _swapped: bool = False
+    _steps_in_backward: bool = False
+    _origin: tuple[int, int, int] = (0, 0, 0)  # group, position and index of the first parameter in a whole optimizer
     _captured: tuple[Plan, ...] = ()  # what graphs read, for as long as they may be replayed
 
     def __init__(
@@ -252,6 +254,11 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         Where parameters are sharded, the step asks all ranks whether to skip, in kernels or not. GradScaler does not.
         """
+        if self._steps_in_backward:
+            raise RuntimeError(
+                "GradScaler cannot be used with step_in_backward: when it would unscale or skip, the parameters have "
+                "stepped, by scaled gradients"
+            )
         if any(is_sharded(param) for group in self.param_groups for param in group["params"]):
             return True
         return self._all_in_kernels

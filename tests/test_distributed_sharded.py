@@ -12,6 +12,8 @@ from ranks import on_ranks, rank_device
 from torch import nn
 from twins import BACKENDS, OPTIMIZERS, make
 
+import fusedopt
+
 fsdp = pytest.importorskip("torch.distributed.fsdp")
 from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor  # noqa: E402
@@ -206,3 +208,22 @@ def test_fsdp_and_tensor_parallel_together(backend):
         torch.testing.assert_close(param.full_tensor(), twin.detach())
         assert not torch.equal(twin, old)
     assert len({param.placements for param in sharded.parameters()}) > 2
+
+
+@both_backends
+@on_ranks(2)
+def test_step_in_backward(backend):
+    """fully_shard calls the hooks when a gradient has been reduced."""
+    models = [make_models()[0] for _ in range(2)]
+    steps = fusedopt.step_in_backward(models[0], lambda params: fusedopt.AdamW(params, lr=0.1, backend=backend))
+    optimizer = fusedopt.AdamW(models[1].parameters(), lr=0.1, backend=backend)
+    for step in range(2):
+        batch = torch.randn(3, 6, generator=torch.Generator().manual_seed(step)).to(rank_device())
+        for model in models:
+            model(batch).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert all(param.grad is None for param in models[0].parameters())
+    assert steps.optimizer.state[models[0].scale]["step"] == 2
+    for param, twin in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(whole_of(param.detach()), whole_of(twin.detach()), rtol=0, atol=0)
