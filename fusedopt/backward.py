@@ -117,6 +117,7 @@ class _Part:
         part._run(None)
         if param in part.state:
             whole.state[param] = part.state[param]
+        whole._opt_called = True  # which torch's schedulers ask
         param.grad = None
 
 

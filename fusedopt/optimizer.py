@@ -113,6 +113,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     _may_skip: bool = False  # whether any step could have been skipped
     _swapped: bool = False
     _steps_in_backward: bool = False
+    _opt_called: bool
     _origin: tuple[int, int, int] = (0, 0, 0)  # group, position and index of the first parameter in a whole optimizer
     _captured: tuple[Plan, ...] = ()  # what graphs read, for as long as they may be replayed
 

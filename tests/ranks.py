@@ -35,6 +35,10 @@ TEST_TIMEOUT = 90.0
 MOST_RANKS = 4
 
 
+# Of pytest-xdist's: one starts the processes, which keep all cores busy.
+on_one_worker = pytest.mark.xdist_group("ranks")
+
+
 class RankError(AssertionError):
     """What went wrong on some rank."""
 
@@ -50,7 +54,7 @@ def on_ranks(count: int) -> Callable[[Callable[..., None]], Callable[..., None]]
             POOL.run(function.__module__, function.__qualname__, count, arguments)
 
         test.body = function  # type: ignore[attr-defined]
-        return test
+        return on_one_worker(test)
 
     return decorate
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import BF16, FP32
-from ranks import on_ranks, run_on_ranks
+from ranks import on_one_worker, on_ranks, run_on_ranks
 from test_distributed_sharded import make_models, set_same_grads, whole_of
 from twins import BACKENDS, OPTIMIZERS, bits, make
 
@@ -76,6 +76,7 @@ def load_and_go_on(folder, backend):
             assert bits(value) == bits(expected[key]), (name, options, key)
 
 
+@on_one_worker
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_resharded_run_goes_on_with_the_same_bits(backend, tmp_path):
     run_on_ranks(2, save_and_go_on, folder=tmp_path, backend=backend)
