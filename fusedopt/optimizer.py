@@ -333,19 +333,18 @@ class FusedOptimizer(torch.optim.Optimizer):
         if plan is not None and hyper_changed and used_states(self) != plan.uses:
             plan = None
         # Once in a step, since it may take the other ranks. A plan without DTensors notices the first one itself.
-        params = all_params(self)
-        grads = None
-        if self._plan is None or self._plan.is_sharded:
-            grads = local_grads(params, partial(param_name, self))
+        grads = self._local_grads() if self._plan is None or self._plan.is_sharded else None
         live = plan.gather(self, grads) if plan is not None else None
         if plan is not None and live is not None and not _DEBUG:
             return plan, live
-        if grads is None:
-            grads = local_grads(params, partial(param_name, self))
+        grads = self._local_grads() if grads is None else grads
         fresh = Plan(self, hyper, self._plan, grads)
         if plan is not None and live is not None and not plan.describes_the_same(fresh):
             raise RuntimeError("FUSEDOPT_DEBUG: something moved since the last step and was not noticed")
         return fresh, fresh.read(self, grads)
+
+    def _local_grads(self) -> list[Tensor | None]:
+        return local_grads(all_params(self), partial(param_name, self))
 
     @property
     def _optional(self) -> dict[str, Any]:

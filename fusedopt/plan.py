@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from operator import is_, itemgetter
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from .hyper import Hyper
 from .multi_tensor import KernelStep
 from .options import option
 from .ranks import Ranks
-from .sharding import is_sharded, local, spec_of, tell_autograd
+from .sharding import is_sharded, opened
 from .watch import MetaWatch, meta
 
 if TYPE_CHECKING:
@@ -125,12 +125,12 @@ class Plan:
             grads = [grads[entry.index] for entry in self.entries]
             has_grad = [has_grad[entry.index] for entry in self.entries]
         watched = [*params, *chain.from_iterable(rows)]
-        specs = []
+        specs: list[Any] = []
         if self.is_sharded:
-            specs = list(map(spec_of, watched))
-            watched = list(map(local, watched))
-            params = list(map(local, params))
-            rows = [tuple(map(local, row)) for row in rows]
+            watched, specs = opened(watched)
+            held = iter(watched)
+            params = list(islice(held, len(params)))
+            rows = [tuple(islice(held, len(row))) for row in rows]
         rows.append(())  # of an entry without states, at -1
         return Live(params, grads, [rows[i] for i in self._row_of], watched, has_grad, n_grads, specs)
 
@@ -183,8 +183,10 @@ class Plan:
             eager.step(optimizer, self.entries, live, hyper.rows, gate)
         if gate.ranks is not None and not gate.decided:
             gate.decide()  # a rank without a gradient
-        if self.is_sharded:
-            tell_autograd(all_params(optimizer))
+        if self.is_sharded:  # the local tensors were written, and have counted it
+            params = all_params(optimizer)
+            stepped = [params[entry.index] for entry, has in zip(self.entries, live.has_grad, strict=True) if has]
+            torch.autograd.graph.increment_version(stepped)
 
     def _compare_ranks(self, optimizer: FusedOptimizer, live: Live) -> None:
         names = [param_name(optimizer, index) for index in range(len(self._param_ids))]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ def local(tensor: Tensor) -> Tensor:
     """What this rank holds of a DTensor; any other tensor itself."""
     if not is_sharded(tensor):
         return tensor
-    held = tensor._local_tensor  # type: ignore[attr-defined]
+    held: Tensor = tensor._local_tensor  # type: ignore[attr-defined]
     if type(held) is not Tensor and hasattr(held, "trigger_wait"):  # a collective still writes it
         held = held.trigger_wait()
     return held
@@ -60,6 +60,18 @@ def place(tensor: Tensor) -> str:
     return f"a DTensor with placements {spec.placements} on {spec.mesh}"
 
 
+def opened(tensors: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """`local` and `spec_of` of many tensors, at a fraction of the price."""
+    dtensor = _dtensor()
+    sharded = {kind for kind in set(map(type, tensors)) if dtensor is not None and issubclass(kind, dtensor)}
+    if not sharded:
+        return list(tensors), [None] * len(tensors)
+    held = [tensor._local_tensor if type(tensor) in sharded else tensor for tensor in tensors]
+    if any(hasattr(kind, "trigger_wait") for kind in set(map(type, held))):
+        held = list(map(local, tensors))
+    return held, [tensor._spec if type(tensor) in sharded else None for tensor in tensors]
+
+
 def local_grads(params: Sequence[Tensor], name_of: Callable[[int], str]) -> list[Tensor | None]:
     """What this rank holds of each gradient, distributed as its parameter.
 
@@ -74,16 +86,13 @@ def local_grads(params: Sequence[Tensor], name_of: Callable[[int], str]) -> list
         RuntimeError: only one of parameter and gradient is a DTensor, or they lie on different meshes.
     """
     grads = [getattr(param, "grad", None) for param in params]  # what is no tensor is found later
-    dtensor = _dtensor()
-    if dtensor is None:
-        return grads
-    for index, (param, grad) in enumerate(zip(params, grads, strict=True)):
-        if grad is None or not (isinstance(param, dtensor) or isinstance(grad, dtensor)):
-            continue
-        if getattr(param, "_spec", None) is not getattr(grad, "_spec", None):
-            grad = _redistributed(param, grad, name_of, index)
-        grads[index] = local(grad)
-    return grads
+    held, specs = opened(grads)
+    _, wanted = opened(params)
+    for index, (spec, of_param) in enumerate(zip(specs, wanted, strict=True)):
+        grad = grads[index]
+        if spec is not of_param and grad is not None:
+            held[index] = local(_redistributed(params[index], grad, name_of, index))
+    return held
 
 
 def check_placements(param: Tensor, name: str) -> None:
@@ -122,11 +131,6 @@ def first_element(param: Tensor) -> int:
         shard = shard * size + place
         shape[placement.dim] = -(-shape[placement.dim] // size)
     return shard * math.prod(shape)
-
-
-def tell_autograd(params: Iterable[Tensor]) -> None:
-    """Count a write into the DTensors among these parameters: their local tensors were written, and have counted it."""
-    torch.autograd.graph.increment_version(list(filter(is_sharded, params)))
 
 
 def _redistributed(param: Tensor, grad: Tensor, name_of: Callable[[int], str], index: int) -> Tensor:

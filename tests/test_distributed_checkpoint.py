@@ -28,6 +28,10 @@ RUNS = [
 ]
 
 
+# What kernels do to shards does not differ by rule, and the interpreter takes its time.
+SOME = {"eager": RUNS, "triton": [RUNS[0], RUNS[2]]}
+
+
 def train(sharded, whole, optimizer, steps):
     for step in steps:
         set_same_grads(sharded, whole, step)
@@ -45,7 +49,7 @@ def everything(model, optimizer):
 
 
 def save_and_go_on(folder, backend):
-    for index, (name, dtype, options) in enumerate(RUNS):
+    for index, (name, dtype, options) in enumerate(SOME[backend]):
         sharded, whole = make_models(dtype)
         optimizer = make(name, sharded.parameters(), lr=0.1, backend=backend, **options)
         train(sharded, whole, optimizer, range(2))
@@ -58,7 +62,7 @@ def save_and_go_on(folder, backend):
 
 
 def load_and_go_on(folder, backend):
-    for index, (name, dtype, options) in enumerate(RUNS):
+    for index, (name, dtype, options) in enumerate(SOME[backend]):
         sharded, whole = make_models(dtype)
         with torch.no_grad():
             for param in sharded.parameters():
@@ -87,7 +91,7 @@ def test_a_resharded_run_goes_on_with_the_same_bits(backend, tmp_path):
 @pytest.mark.parametrize("backend", BACKENDS)
 @on_ranks(2)
 def test_creating_states_for_a_checkpoint_changes_no_bit(backend):
-    for name in OPTIMIZERS:
+    for name in OPTIMIZERS if backend == "eager" else ["AdamW", "SGD", "Rprop"]:
         sharded, _ = make_models(BF16)
         before = [bits(param.to_local()) for param in sharded.inner.parameters()]
         optimizer = make(name, sharded.parameters(), backend=backend, ema_decay=0.9)

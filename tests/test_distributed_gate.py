@@ -31,7 +31,7 @@ def test_the_norm_is_that_of_the_whole_model(backend):
         optimizers = [
             make("AdamW", model.parameters(), lr=0.1, backend=backend, max_grad_norm=0.5) for model in (sharded, whole)
         ]
-        for step, scale in enumerate([1.0, 1e-3, 1e30]):
+        for step, scale in enumerate([1e-3, 1e30]):
             set_same_grads(sharded, whole, step, scale)
             for optimizer in optimizers:
                 optimizer.step()

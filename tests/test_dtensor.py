@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import BF16, FP32, MODES
-from twins import OPTIMIZERS, make
+from twins import BACKENDS, OPTIMIZERS, make
 
 pytest.importorskip("torch.distributed.fsdp")
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this PyTorch has no distributed package")
@@ -57,3 +57,15 @@ def test_steps_like_plain_tensors(name, dtype, options, mesh):
                 assert mine[key].placements == param.placements
                 mine[key] = mine[key].full_tensor()
             assert torch.equal(mine[key], states[key]), key
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_backward_through_overwritten_weights_is_noticed(mesh, backend):
+    (model, _) = make_models(mesh, FP32)
+    optimizer = make("SGD", model.parameters(), lr=0.1, backend=backend)
+    weight = model[0].weight
+    loss = (weight * weight).sum()
+    weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
