@@ -13,7 +13,7 @@ from torch import Tensor
 from . import backend, layout, precision, sharding
 from .averaging import EMA, EMA_STEP, ema_dtype
 from .backend import use_kernels, why_no_kernels
-from .hyper import is_number
+from .hyper import is_number, tuple_getter
 from .options import option
 from .precision import ROUNDING_STEP
 from .watch import meta
@@ -43,6 +43,7 @@ class Entry:
     grad_meta: tuple[Any, ...] | None
     part: int = 0  # of `Ranks`: how the parameter is split
     first: int = 0  # how many elements of a sharded parameter come before those of this rank
+    row: int = -1  # of its states among those of the optimizer
     plain: bool = False
 
     @property
@@ -54,23 +55,13 @@ class Entry:
     def grad_lies_as(self, param_stride: tuple[int, ...]) -> bool:
         """Whether the kernels can read the gradient beside a parameter of these strides."""
         assert self.grad_meta is not None
-        _, _, shape, stride, _, is_conj, is_neg = self.grad_meta
+        _, _, shape, stride, _, is_conj, is_neg, _ = self.grad_meta
         return not (is_conj or is_neg) and layout.same_order(shape, stride, param_stride)
 
     @property
     def names(self) -> tuple[str, ...]:
         """The keys of the parameter's state that the step reads, in the order of a gathered row."""
         return self.scalar_names + self.state_names
-
-
-def tuple_getter(keys: Sequence[Any]) -> Callable[[Any], tuple[Any, ...]]:
-    """An itemgetter that returns a tuple for any number of keys."""
-    if len(keys) > 1:
-        return itemgetter(*keys)
-    if len(keys) == 1:
-        (key,) = keys
-        return lambda items: (items[key],)
-    return lambda items: ()
 
 
 def _state_picker(

@@ -76,6 +76,7 @@ class Gate:
         else:
             self._of_shards.append((part, partials))
 
+    @torch.no_grad()
     def add_grads(self, grads: Iterable[tuple[str, int, Tensor]]) -> None:
         """Add gradients that no kernel reads, each with the name and the part of its parameter."""
         found: dict[tuple[int, torch.device], list[Tensor]] = {}
@@ -89,6 +90,7 @@ class Gate:
         for (part, _), squares in found.items():
             self.add(torch.stack(squares), part)
 
+    @torch.no_grad()
     def ask_ranks(self) -> None:
         """Learn from the other ranks what they know, once."""
         if self.ranks is None or self._asked:
@@ -111,6 +113,7 @@ class Gate:
         counter, self.skipped_steps = self.skipped_steps, None
         return counter
 
+    @torch.no_grad()
     def decide(self) -> tuple[bool, float]:
         """(whether the step is skipped, what the gradients are multiplied by), on the host, which waits for them."""
         self.decided = True

@@ -144,7 +144,8 @@ def _redistributed(param: Tensor, grad: Tensor, name_of: Callable[[int], str], i
     if None in (spec_of(param), spec_of(grad)) or spec_of(param).mesh != spec_of(grad).mesh:
         raise RuntimeError(why)
     try:
-        return grad.redistribute(placements=spec_of(param).placements)  # type: ignore[attr-defined]
+        with torch.no_grad():
+            return grad.redistribute(placements=spec_of(param).placements)  # type: ignore[attr-defined]
     except (NotImplementedError, RuntimeError, ValueError) as error:
         raise RuntimeError(f"{why}, which torch cannot redistribute") from error
 

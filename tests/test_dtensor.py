@@ -9,6 +9,8 @@ from cases import BF16, FP32, MODES
 from twins import BACKENDS, OPTIMIZERS, make
 
 pytest.importorskip("torch.distributed.fsdp")
+from torch.distributed.tensor import DTensor  # noqa: E402
+
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this PyTorch has no distributed package")
 
 
@@ -69,3 +71,19 @@ def test_a_backward_through_overwritten_weights_is_noticed(mesh, backend):
     optimizer.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_dtensor_that_comes_later_is_noticed(mesh, backend):
+    """Of the plain tensors that were there, all but the type is the same."""
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer = make("AdamW", params, lr=0.1, backend=backend)
+    for grads in [(1.0, 1.0), (None, 1.0)]:
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = None if grad is None else torch.full((3,), grad)
+        optimizer.step()
+    kept = [param.detach().clone() for param in params]
+    params[0].grad = DTensor.from_local(torch.ones(3), mesh)
+    with pytest.raises(RuntimeError, match="parameter 0 of group 0 is a plain Tensor, but its gradient is a DTensor"):
+        optimizer.step()
+    assert all(map(torch.equal, params, kept))
