@@ -110,6 +110,7 @@ class _Part:
         group = whole.param_groups[self._group]
         _check_options(group)
         names = {"param_names": [group["param_names"][self._position]]} if "param_names" in group else {}
+        part.backend = whole.backend
         part.param_groups = [{**group, **names, "params": [param]}]
         part.state = defaultdict(dict)
         if param in whole.state:

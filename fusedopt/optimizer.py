@@ -63,8 +63,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         rounding: ``"nearest"``, or ``"stochastic"`` for 16-bit states and for 16-bit parameters of which neither
             `master_weights` nor `kahan` keeps more: up or down, with the probabilities that make the mean right.
         seed: of stochastic rounding, in :math:`[0, 2^{64})`. The random numbers are a function of the seed, the place
-            of the parameter among all of the optimizer's, the number of its steps, the state and the element. Give
-            different seeds to optimizers that step different parameters.
+            of the parameter among all of the optimizer's, the number of its steps, the state and the element: for a
+            DTensor of which only rows are split, its place in the whole. Give different seeds to optimizers that step
+            different parameters.
         max_grad_norm: at least 0. Multiply all gradients by ``min(1, max_grad_norm / (norm + 1e-6))``, as
             ``torch.nn.utils.clip_grad_norm_`` does, where the norm is that of the gradients of all parameters
             together, unscaled. The gradients themselves stay as they are. None does not clip.
@@ -80,6 +81,10 @@ class FusedOptimizer(torch.optim.Optimizer):
     ``torch.amp.GradScaler`` leaves unscaling and skipping to the step where the kernels run for all parameters: by its
     attributes `grad_scale`, which the gradients are divided by, and `found_inf`, which skips the step unless it is 0.
     Both are one-element tensors; a step reads them where they are and waits for neither.
+
+    Parameters may be DTensors. Their states are DTensors of the same placements, and a rank steps what it holds. Where
+    a step asks for the norm of gradients or may be skipped, all ranks of their meshes must step, also those without
+    elements or gradients; all take the same decision.
 
     In a CUDA graph the step is captured with the numbers, and for the parameters with gradients, of that moment. What
     is to change between replays must be a tensor on the device: `lr` and, where the class takes them, others. Make a

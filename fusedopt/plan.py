@@ -175,7 +175,7 @@ class Plan:
             gate.skipped_steps = settled_counter(optimizer, device)
         if gate.needs_ranks and self._ranks:
             gate.ranks = self._ranks
-            if self._compares_ranks:
+            if self._compares_ranks and not backend.is_capturing():
                 self._compare_ranks(optimizer, live)
         if self._has_eager and gate.reads_gradients:
             eager.read_gradients(self.entries, live, gate)
