@@ -116,6 +116,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     _hyper: Hyper | None = None
     _grad_norm: Tensor | None = None
     _may_skip: bool = False  # whether any step could have been skipped
+    _skipped_steps: Tensor | int = 0
     _swapped: bool = False
     _steps_in_backward: bool = False
     _opt_called: bool
@@ -250,8 +251,11 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @property
     def skipped_steps(self) -> Tensor:
-        """How many steps were skipped, on GradScaler's word or by `skip_nonfinite`: 0-d, int64, where the step ran."""
-        return self.param_groups[0].get(SKIPPED_STEPS, torch.tensor(0))
+        """How many steps were skipped, on GradScaler's word or by `skip_nonfinite`: 0-d, int64, where the step ran.
+
+        With `skip_nonfinite` it is saved, as a key of the first param group.
+        """
+        return torch.as_tensor(self.param_groups[0].get(SKIPPED_STEPS, self._skipped_steps))
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -397,6 +401,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             super().load_state_dict(state_dict)
         finally:
             hook.remove()
+        self._skipped_steps = 0  # unless a loaded group has it
 
     def state_dict(self) -> dict[str, Any]:
         """The state as ``torch.optim.Optimizer.state_dict`` returns it."""
@@ -405,7 +410,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._check_not_swapped("a copy")
-        return {**super().__getstate__(), "backend": self.backend, "_may_skip": self._may_skip}
+        own = {name: getattr(self, name) for name in ("backend", "_may_skip", "_skipped_steps")}
+        return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         loaded = state["state"]
