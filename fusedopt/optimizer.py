@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, ClassVar, TypeAlias
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from . import amp, precision
 from . import backend as backends
-from . import precision
-from .averaging import EMA, EMA_STEP, new_ema, swapped
+from .averaging import EMA, EMA_STEP, check_not_swapped, new_ema, swapped
 from .backend import BACKENDS, triton_is_installed, use_kernels, why_no_kernels
 from .declaration import check_declaration
 from .gate import SKIPPED_STEPS, Gate
@@ -102,14 +103,22 @@ class FusedOptimizer(torch.optim.Optimizer):
     scalar_states: ClassVar[tuple[str, ...]] = ()
     states: ClassVar[tuple[str, ...]] = ()
 
-    # On the class, so that an object of torch's class can become one of this without its __init__.
-    backend: str = "auto"
-    _plan: Plan | None = None
-    _hyper: Hyper | None = None
-    _grad_norm: Tensor | None = None
-    _may_skip: bool = False  # whether any step could have been skipped
-    _swapped: bool = False
-    _captured: tuple[Plan, ...] = ()  # what graphs read, for as long as they may be replayed
+    backend: str
+    _plan: Plan | None
+    _hyper: Hyper | None
+    _grad_norm: Tensor | None
+    _may_skip: bool  # whether any step could have been skipped
+    _captured: tuple[Plan, ...]  # what graphs read, for as long as they may be replayed
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            # An object of torch's class can become one of this without its __init__. The class itself must not have
+            # these: Lightning's wrappers pose as subclasses, and ask the optimizer for what they do not find.
+            try:
+                return _UNSET[name]
+            except KeyError:
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}") from None
 
     def __init__(
         self,
@@ -246,12 +255,14 @@ class FusedOptimizer(torch.optim.Optimizer):
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """What torch.amp.GradScaler asks before it leaves unscaling and skipping to the step."""
+        return self._all_in_kernels() and not amp.wants_no(self, sys._getframe(1))
+
+    def _all_in_kernels(self) -> bool:
         if self._plan is not None:
             return self._plan.all_in_kernels
         return all(use_kernels(self.backend, group, param) for group in self.param_groups for param in group["params"])
 
-    @contextmanager
-    def swap_ema(self) -> Iterator[None]:
+    def swap_ema(self) -> AbstractContextManager[None]:
         """Within the context, every parameter has the value of its average, and the average that of its parameter.
 
         Only values are exchanged, so nothing has to be told to the model. In the end everything is as it was, bit for
@@ -262,20 +273,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             RuntimeError: no group has an `ema_decay`; within the context, for `step`, `state_dict`, `load_state_dict`
                 and another `swap_ema`.
         """
-        self._check_not_swapped("swap_ema")
-        with swapped(self):
-            self._swapped = True
-            try:
-                yield
-            finally:
-                self._swapped = False
-
-    def _check_not_swapped(self, what: str) -> None:
-        if self._swapped:
-            raise RuntimeError(f"{what} within swap_ema: the parameters have the values of their averages there")
+        return swapped(self)
 
     def _step(self) -> None:
-        self._check_not_swapped("step")
+        check_not_swapped(self, "step")
         hyper = self._hyper = self._hyper or self._new_hyper()
         capturing = backends.is_capturing()
         if capturing:
@@ -304,7 +305,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 f"{type(self).__name__}.step() is being captured in a CUDA graph, but capturable is False: make the "
                 "optimizer with capturable=True (or set it in every param group), and make a step before the capture"
             )
-        if not self._step_supports_amp_scaling:
+        if not self._all_in_kernels():
             raise RuntimeError("a step can be captured in a CUDA graph where the kernels run for all parameters only")
 
     def _planned(self, hyper: Hyper, hyper_changed: bool) -> tuple[Plan, Live]:
@@ -358,7 +359,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         Unlike torch's, this keeps the dtype and the bits of every tensor, copies them (later steps leave `state_dict`
         alone), and keeps this optimizer's options where the loaded groups have none.
         """
-        self._check_not_swapped("load_state_dict")
+        check_not_swapped(self, "load_state_dict")
         # Last of the hooks, so that it sees what the user's have made of the dict.
         hook = self.register_load_state_dict_pre_hook(shield)
         try:
@@ -368,11 +369,11 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The state as ``torch.optim.Optimizer.state_dict`` returns it."""
-        self._check_not_swapped("state_dict")
+        check_not_swapped(self, "state_dict")
         return super().state_dict()
 
     def __getstate__(self) -> dict[str, Any]:
-        self._check_not_swapped("a copy")
+        check_not_swapped(self, "a copy")
         return {**super().__getstate__(), "backend": self.backend, "_may_skip": self._may_skip}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -405,4 +406,5 @@ def _untraced(function: Callable[..., Any], *args: Any) -> Any:
     return function(*args)
 
 
+_UNSET = {"backend": "auto", "_plan": None, "_hyper": None, "_grad_norm": None, "_may_skip": False, "_captured": ()}
 _DEBUG = os.environ.get("FUSEDOPT_DEBUG", "0") not in ("", "0")
