@@ -5,8 +5,18 @@ import copy
 import pytest
 import torch
 from conftest import DEVICE
-from loops import OPTIONS, OVERFLOW, BATCHES, assert_nothing_lost, assert_trained_the_same
-from loops import loss_of, make_loader, make_net, make_scaler, mine
+from loops import (
+    BATCHES,
+    OPTIONS,
+    OVERFLOW,
+    assert_nothing_lost,
+    assert_trained_the_same,
+    loss_of,
+    make_loader,
+    make_net,
+    make_scaler,
+    mine,
+)
 from torch.optim.lr_scheduler import StepLR
 from twins import BACKENDS, params_of
 

@@ -3,7 +3,16 @@
 import pytest
 import torch
 from conftest import DEVICE
-from loops import OPTIONS, assert_nothing_lost, assert_trained_the_same, loss_of, make_loader, make_net, make_scaler, mine
+from loops import (
+    OPTIONS,
+    assert_nothing_lost,
+    assert_trained_the_same,
+    loss_of,
+    make_loader,
+    make_net,
+    make_scaler,
+    mine,
+)
 from torch.optim.lr_scheduler import StepLR
 from twins import BACKENDS
 
@@ -44,7 +53,9 @@ def make_trainer(max_epochs=2, **options):
 
 def precision_options(precision, plugin=MixedPrecision):
     """On a CPU it offers fp16 only in this way."""
-    return {"plugins": plugin(precision, DEVICE, make_scaler())} if precision == "16-mixed" else {"precision": precision}
+    return (
+        {"plugins": plugin(precision, DEVICE, make_scaler())} if precision == "16-mixed" else {"precision": precision}
+    )
 
 
 @every_precision
