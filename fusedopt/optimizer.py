@@ -228,15 +228,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: a gradient or state does not fit its parameter. Nothing has been written then.
         """
-        return _untraced(self._run, closure) if torch.compiler.is_compiling() else self._run(closure)
-
-    def _run(self, closure: Callable[[], Any] | None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         with torch.no_grad():
-            self._step()
+            _untraced(self._step) if torch.compiler.is_compiling() else self._step()
         return loss
 
     @property
@@ -255,7 +252,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """What torch.amp.GradScaler asks before it leaves unscaling and skipping to the step."""
-        return self._all_in_kernels() and not amp.wants_no(self, sys._getframe(1))
+        asker = sys._getframe(1)  # before anything that dynamo would call from a frame of its own
+        return self._all_in_kernels() and not amp.wants_no(self, asker)
 
     def _all_in_kernels(self) -> bool:
         if self._plan is not None:
