@@ -34,8 +34,8 @@ class Gate:
 
     def __init__(self, optimizer: FusedOptimizer, hyper: Hyper) -> None:
         # GradScaler sets them before the step, `grad_scale` to None after `unscale_`, and deletes them afterwards.
-        self.grad_scale: Tensor | None = getattr(optimizer, "grad_scale", None)
-        self.found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
+        self.grad_scale: Tensor | None = vars(optimizer).get("grad_scale")
+        self.found_inf: Tensor | None = vars(optimizer).get("found_inf")
         self.max_grad_norm = None if hyper.max_grad_norm is None else float(hyper.max_grad_norm)
         self.skip_nonfinite = hyper.skip_nonfinite
         self.skipped_steps: Tensor | None = None  # counts, on the device of the first of those who decide

@@ -292,7 +292,7 @@ class Tables:
         return copy
 
     def _pinned(self, size: int) -> Tensor:
-        """Pinned memory: a captured copy may read from no other, and PyTorch 2.10 can allocate none while it captures."""
+        """Pinned memory: a captured copy reads from no other, and PyTorch 2.10 can allocate none while it captures."""
         if backend.is_capturing():
             spare, self._spare = self._spare, None
             if spare is not None and len(spare) == size:
