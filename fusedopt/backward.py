@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from .averaging import check_not_swapped
 from .optimizer import FusedOptimizer, Group
 from .options import option
 
@@ -106,7 +107,7 @@ class _Part:
 
     def __call__(self, param: Tensor) -> None:
         whole, part = self._whole, self._part
-        whole._check_not_swapped("backward")
+        check_not_swapped(whole, "backward")
         group = whole.param_groups[self._group]
         _check_options(group)
         names = {"param_names": [group["param_names"][self._position]]} if "param_names" in group else {}
@@ -115,7 +116,7 @@ class _Part:
         part.state = defaultdict(dict)
         if param in whole.state:
             part.state[param] = whole.state[param]
-        part._run(None)
+        part._step()
         if param in part.state:
             whole.state[param] = part.state[param]
         whole._opt_called = True  # which torch's schedulers ask

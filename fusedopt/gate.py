@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from . import backend
+from .options import option
 
 if TYPE_CHECKING:
     from .hyper import Hyper
     from .optimizer import FusedOptimizer
     from .ranks import Ranks
 
-SKIPPED_STEPS = "skipped_steps"  # in the first param group: torch.distributed.checkpoint keeps what is in a group
+SKIPPED_STEPS = "skipped_steps"  # a key of the first param group, which torch.distributed.checkpoint saves
 
 
 class Gate:
@@ -33,9 +34,9 @@ class Gate:
 
     def __init__(self, optimizer: FusedOptimizer, hyper: Hyper) -> None:
         # GradScaler sets them before the step, `grad_scale` to None after `unscale_`, and deletes them afterwards.
-        self.grad_scale: Tensor | None = getattr(optimizer, "grad_scale", None)
-        self.found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
-        self.max_grad_norm = hyper.max_grad_norm
+        self.grad_scale: Tensor | None = vars(optimizer).get("grad_scale")
+        self.found_inf: Tensor | None = vars(optimizer).get("found_inf")
+        self.max_grad_norm = None if hyper.max_grad_norm is None else float(hyper.max_grad_norm)
         self.skip_nonfinite = hyper.skip_nonfinite
         self.skipped_steps: Tensor | None = None  # counts, on the device of the first of those who decide
         self.ranks: Ranks | None = None  # of the mesh on which parameters are sharded
@@ -134,16 +135,21 @@ class Gate:
 
 
 def settled_counter(optimizer: FusedOptimizer, device: torch.device) -> Tensor:
-    """The counter of skipped steps in the first param group, as a 0-d int64 tensor on this device."""
+    """The counter of skipped steps as a 0-d int64 tensor on this device.
+
+    It is saved with `skip_nonfinite` only: a group that has the key asks every checkpoint for it, and GradScaler's
+    user has asked for nothing.
+    """
     group = optimizer.param_groups[0]
-    counter = group.get(SKIPPED_STEPS)
-    if backend.is_capturing() and not isinstance(counter, Tensor):
-        raise RuntimeError("nothing counts skipped steps yet: make a step before the capture")
-    if not isinstance(counter, Tensor):
-        counter = torch.tensor(int(counter or 0), device=device)
-    if counter.dim() != 0 or counter.dtype != torch.int64 or counter.device != device:
-        counter = counter.detach().reshape(()).to(device=device, dtype=torch.int64)
-    group[SKIPPED_STEPS] = counter
+    counter = group.get(SKIPPED_STEPS, optimizer._skipped_steps)
+    settled = isinstance(counter, Tensor) and (counter.shape, counter.dtype) == ((), torch.int64)
+    if not settled or counter.device != device:
+        if backend.is_capturing():
+            raise RuntimeError("nothing counts skipped steps yet: make a step before the capture")
+        counter = torch.full((), int(counter), dtype=torch.int64, device=device)
+    optimizer._skipped_steps = counter
+    if SKIPPED_STEPS in group or option(group, "skip_nonfinite"):
+        group[SKIPPED_STEPS] = counter
     return counter
 
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from . import amp, precision
 from . import backend as backends
-from . import precision
-from .averaging import EMA, EMA_STEP, new_ema, swapped
+from .averaging import EMA, EMA_STEP, check_not_swapped, new_ema, swapped
 from .backend import BACKENDS, triton_is_installed, use_kernels, why_no_kernels
 from .backend import DEBUG as _DEBUG
 from .declaration import check_declaration
@@ -110,17 +111,26 @@ class FusedOptimizer(torch.optim.Optimizer):
     scalar_states: ClassVar[tuple[str, ...]] = ()
     states: ClassVar[tuple[str, ...]] = ()
 
-    # On the class, so that an object of torch's class can become one of this without its __init__.
-    backend: str = "auto"
-    _plan: Plan | None = None
-    _hyper: Hyper | None = None
-    _grad_norm: Tensor | None = None
-    _may_skip: bool = False  # whether any step could have been skipped
-    _swapped: bool = False
-    _steps_in_backward: bool = False
+    backend: str
+    _plan: Plan | None
+    _hyper: Hyper | None
+    _grad_norm: Tensor | None
+    _may_skip: bool  # whether any step could have been skipped
+    _skipped_steps: Tensor | int
+    _steps_in_backward: bool
     _opt_called: bool
-    _origin: tuple[int, int, int] = (0, 0, 0)  # group, position and index of the first parameter in a whole optimizer
-    _captured: tuple[Plan, ...] = ()  # what graphs read, for as long as they may be replayed
+    _origin: tuple[int, int, int]  # group, position and index of the first parameter in a whole optimizer
+    _captured: tuple[Plan, ...]  # what graphs read, for as long as they may be replayed
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            # An object of torch's class can become one of this without its __init__. The class itself must not have
+            # these: Lightning's wrappers pose as subclasses, and ask the optimizer for what they do not find.
+            try:
+                return _UNSET[name]
+            except KeyError:
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}") from None
 
     def __init__(
         self,
@@ -230,14 +240,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: a gradient or state does not fit its parameter. Nothing has been written then.
         """
-        return _untraced(self._run, closure) if torch.compiler.is_compiling() else self._run(closure)
-
-    def _run(self, closure: Callable[[], Any] | None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._step()
+        _untraced(self._step) if torch.compiler.is_compiling() else self._step()
         return loss
 
     @property
@@ -250,8 +257,11 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @property
     def skipped_steps(self) -> Tensor:
-        """How many steps were skipped, on GradScaler's word or by `skip_nonfinite`: 0-d, int64, where the step ran."""
-        return self.param_groups[0].get(SKIPPED_STEPS, torch.tensor(0))
+        """How many steps were skipped, on GradScaler's word or by `skip_nonfinite`: 0-d, int64, where the step ran.
+
+        With `skip_nonfinite` it is saved, as a key of the first param group.
+        """
+        return torch.as_tensor(self.param_groups[0].get(SKIPPED_STEPS, self._skipped_steps))
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -259,6 +269,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         Where parameters are sharded, the step asks all ranks whether to skip, in kernels or not. GradScaler does not.
         """
+        if amp.wants_no(self, sys._getframe(1)):
+            return False
         if self._steps_in_backward:
             raise RuntimeError(
                 "GradScaler cannot be used with step_in_backward: when it would unscale or skip, the parameters have "
@@ -274,8 +286,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             return self._plan.all_in_kernels
         return all(use_kernels(self.backend, group, param) for group in self.param_groups for param in group["params"])
 
-    @contextmanager
-    def swap_ema(self) -> Iterator[None]:
+    def swap_ema(self) -> AbstractContextManager[None]:
         """Within the context, every parameter has the value of its average, and the average that of its parameter.
 
         Only values are exchanged, so nothing has to be told to the model. In the end everything is as it was, bit for
@@ -286,20 +297,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             RuntimeError: no group has an `ema_decay`; within the context, for `step`, `state_dict`, `load_state_dict`
                 and another `swap_ema`.
         """
-        self._check_not_swapped("swap_ema")
-        with swapped(self):
-            self._swapped = True
-            try:
-                yield
-            finally:
-                self._swapped = False
-
-    def _check_not_swapped(self, what: str) -> None:
-        if self._swapped:
-            raise RuntimeError(f"{what} within swap_ema: the parameters have the values of their averages there")
+        return swapped(self)
 
     def _step(self) -> None:
-        self._check_not_swapped("step")
+        check_not_swapped(self, "step")
         hyper = self._hyper = self._hyper or self._new_hyper()
         capturing = backends.is_capturing()
         if capturing:
@@ -390,22 +391,24 @@ class FusedOptimizer(torch.optim.Optimizer):
         Unlike torch's, this keeps the dtype and the bits of every tensor, copies them (later steps leave `state_dict`
         alone), and keeps this optimizer's options where the loaded groups have none.
         """
-        self._check_not_swapped("load_state_dict")
+        check_not_swapped(self, "load_state_dict")
         # Last of the hooks, so that it sees what the user's have made of the dict.
         hook = self.register_load_state_dict_pre_hook(shield)
         try:
             super().load_state_dict(state_dict)
         finally:
             hook.remove()
+        self._skipped_steps = 0  # unless a loaded group has it
 
     def state_dict(self) -> dict[str, Any]:
         """The state as ``torch.optim.Optimizer.state_dict`` returns it."""
-        self._check_not_swapped("state_dict")
+        check_not_swapped(self, "state_dict")
         return super().state_dict()
 
     def __getstate__(self) -> dict[str, Any]:
-        self._check_not_swapped("a copy")
-        return {**super().__getstate__(), "backend": self.backend, "_may_skip": self._may_skip}
+        check_not_swapped(self, "a copy")
+        own = {name: getattr(self, name) for name in ("backend", "_may_skip", "_skipped_steps")}
+        return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         loaded = state["state"]
@@ -435,3 +438,16 @@ class FusedOptimizer(torch.optim.Optimizer):
 @torch._disable_dynamo  # torch.compiler.disable would import dynamo and Triton as soon as fusedopt is imported
 def _untraced(function: Callable[..., Any], *args: Any) -> Any:
     return function(*args)
+
+
+_UNSET = {
+    "backend": "auto",
+    "_plan": None,
+    "_hyper": None,
+    "_grad_norm": None,
+    "_may_skip": False,
+    "_skipped_steps": 0,
+    "_steps_in_backward": False,
+    "_origin": (0, 0, 0),
+    "_captured": (),
+}

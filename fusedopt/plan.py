@@ -170,8 +170,8 @@ class Plan:
 
     def run(self, optimizer: FusedOptimizer, live: Live, hyper: Hyper, gate: Gate) -> None:
         """Step every parameter that has a gradient, if the gate lets the step pass."""
+        device = torch.device("cpu") if self._kernels is None else self._kernels.device
         if gate.may_skip:
-            device = torch.device("cpu") if self._kernels is None else self._kernels.device
             gate.skipped_steps = settled_counter(optimizer, device)
         if gate.needs_ranks and self._ranks:
             gate.ranks = self._ranks
@@ -187,6 +187,8 @@ class Plan:
             eager.step(optimizer, self.entries, live, hyper.rows, gate)
         if gate.ranks is not None and not gate.decided:
             gate.decide()  # a rank without a gradient
+        if gate.reads_gradients and gate.grad_norm is None:  # there was none to read
+            gate.grad_norm = torch.zeros((), dtype=torch.float64, device=device)
         if self.is_sharded:  # the local tensors were written, and have counted it
             params = all_params(optimizer)
             stepped = [

@@ -29,6 +29,7 @@ Array = np.ndarray[Any, Any]
 
 PREPARE_BLOCK_SIZE = 128
 SQUARES_BLOCK_SIZE = 1024
+SQUARES_CHUNK_SIZE = 16 * SQUARES_BLOCK_SIZE  # one look-up serves many elements
 # Programs that add up squares: enough for a large GPU, few for the interpreter. Fixed, so that the sums are too.
 SQUARES_PROGRAMS = {False: 1024, True: 4}
 LAUNCH_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
@@ -171,6 +172,7 @@ class Tables:
         self._n_hyper = 0
         self._known: Any = None  # what the last `read` was told
         self._dynamic: list[Tensor] = []  # and the same on the device
+        self._spare: Tensor | None = None
 
     def is_current(self) -> bool:
         """Whether the tables can be used on the current stream: on that which they were made on and owns their memory.
@@ -281,13 +283,23 @@ class Tables:
     def _upload(self, array: Array) -> Tensor:
         """A copy on the device. The pinned source may go: torch's host allocator keeps it until it has been read."""
         host = torch.from_numpy(array)
-        capturing = backend.is_capturing()
-        if self.device.type == "cuda" and not capturing:  # while a graph is captured, no pinned memory can be had
-            host = host.pin_memory()
+        if self.device.type == "cuda":
+            host = self._pinned(len(array))
+            host.numpy()[:] = array
         copy = host.to(self.device, non_blocking=True)
-        if capturing:  # and a graph reads the source again at each replay
+        if backend.is_capturing():  # a graph reads the source again at each replay
             self._graphs.append((host, copy))
         return copy
+
+    def _pinned(self, size: int) -> Tensor:
+        """Pinned memory: a captured copy reads from no other, and PyTorch 2.10 can allocate none while it captures."""
+        if backend.is_capturing():
+            spare, self._spare = self._spare, None
+            if spare is not None and len(spare) == size:
+                return spare
+        elif self._spare is None or len(self._spare) != size:
+            self._spare = torch.empty(size, dtype=torch.int64, pin_memory=True)  # for a capture that may come
+        return torch.empty(size, dtype=torch.int64, pin_memory=True)
 
     def _on_device(self) -> AbstractContextManager[Any]:
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
@@ -304,15 +316,10 @@ class Squares:
         for tensor, item in enumerate(items):
             rows.setdefault((item.part, item.signature.grad), []).append((tensor, item.numel))
         arrays = [np.array(same, dtype=np.int64) for same in rows.values()]
-        pairs = [(same.reshape(-1), chunks_of(same[:, 1], self.chunk_size)) for same in arrays]
+        pairs = [(same.reshape(-1), chunks_of(same[:, 1], SQUARES_CHUNK_SIZE)) for same in arrays]
         self.sections = [section for pair in pairs for section in pair]
         self.tables: list[Tensor] = []  # the same on the device
         self._kinds = list(rows)
-
-    @property
-    def chunk_size(self) -> int:
-        """Elements of a chunk: some blocks, so that one look-up serves many elements."""
-        return 16 * SQUARES_BLOCK_SIZE
 
     def launch(self, grads: Tensor, device: torch.device) -> list[tuple[int, Tensor]]:
         """One launch for each part and dtype; for each part, what it left."""
@@ -334,10 +341,7 @@ class Squares:
                     chunks.view(torch.int32),
                     partials[first : first + count],
                     len(chunks),
-                    GRAD=triton_type(dtype),
-                    BLOCK_SIZE=SQUARES_BLOCK_SIZE,
-                    CHUNK_SIZE=self.chunk_size,
-                    CONTIGUITY=16 // dtype.itemsize,
+                    **squares_constants(dtype),
                     **LAUNCH_OPTIONS,
                 )
         if len({part for part, _ in self._kinds}) == 1:
@@ -346,6 +350,16 @@ class Squares:
             (part, partials[first : first + count])
             for (part, _), first, count in zip(self._kinds, firsts, counts, strict=False)
         ]
+
+
+def squares_constants(grad: torch.dtype) -> dict[str, Any]:
+    """The compile-time arguments of `sum_squares`."""
+    return {
+        "GRAD": triton_type(grad),
+        "BLOCK_SIZE": SQUARES_BLOCK_SIZE,
+        "CHUNK_SIZE": SQUARES_CHUNK_SIZE,
+        "CONTIGUITY": 16 // grad.itemsize,
+    }
 
 
 def _on(device: torch.device, number: Any, default: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from cases import BF16, FP32, MODES
 from twins import BACKENDS, OPTIMIZERS, make
 
 pytest.importorskip("torch.distributed.fsdp")
-from torch.distributed.tensor import DTensor  # noqa: E402
+from torch.distributed.tensor import DTensor
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this PyTorch has no distributed package")
 
