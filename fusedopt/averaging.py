@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -42,24 +42,31 @@ def check_not_swapped(optimizer: FusedOptimizer, what: str) -> None:
 def swapped(optimizer: FusedOptimizer) -> Iterator[None]:
     """Give every parameter the value of its average, and in the end its own back, bit for bit."""
     check_not_swapped(optimizer, "swap_ema")
-    if all(option(group, "ema_decay") is None for group in optimizer.param_groups):
+    groups = [group for group in optimizer.param_groups if option(group, "ema_decay") is not None]
+    if not groups:
         raise RuntimeError("swap_ema needs averages: give the optimizer an ema_decay")
-    params = [param for group in optimizer.param_groups for param in group["params"]]
-    pairs = [(param, optimizer.state[param][EMA]) for param in params if EMA in optimizer.state.get(param, {})]
-    kept = [None if param.dtype == ema.dtype else param.detach().clone() for param, ema in pairs]
-    with torch.no_grad():
-        for (param, ema), own in zip(pairs, kept, strict=True):
-            _swap(param, ema) if own is None else param.copy_(ema)
-    _SWAPPED.add(key := id(optimizer.state))
+    params = {id(param): param for group in groups for param in group["params"]}  # a duplicate is swapped once
+    with ExitStack() as swaps:  # undone in reverse order, since parameters may share memory
+        for param in params.values():
+            ema = optimizer.state.get(param, {}).get(EMA)
+            if ema is not None:
+                swaps.enter_context(_exchanged(param, ema))
+        _SWAPPED.add(key := id(optimizer.state))
+        swaps.callback(_SWAPPED.discard, key)
+        yield
+
+
+@contextmanager
+def _exchanged(param: Tensor, ema: Tensor) -> Iterator[None]:
+    average = ema.to(param.dtype)  # the state itself, or a rounded copy; it keeps the parameter meanwhile
+    _swap(param, average)
     try:
         yield
     finally:
-        _SWAPPED.discard(key)
-        with torch.no_grad():
-            for (param, ema), own in zip(pairs, kept, strict=True):
-                _swap(param, ema) if own is None else param.copy_(own)
+        _swap(param, average)
 
 
+@torch.no_grad()
 def _swap(a: Tensor, b: Tensor) -> None:
     kept = a.clone()
     a.copy_(b)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import torch
@@ -16,13 +16,16 @@ from . import amp, precision
 from . import backend as backends
 from .averaging import EMA, EMA_STEP, check_not_swapped, new_ema, swapped
 from .backend import BACKENDS, triton_is_installed, use_kernels, why_no_kernels
+from .backend import DEBUG as _DEBUG
 from .declaration import check_declaration
+from .entry import param_name
 from .gate import SKIPPED_STEPS, Gate
 from .hyper import Hyper
 from .loading import shield, unshield
 from .options import DEFAULTS, check_group, option
 from .plan import Live, Plan, all_params, used_states
 from .precision import state_dtype
+from .sharding import is_sharded, local_grads
 
 Group: TypeAlias = dict[str, Any]
 Scalars: TypeAlias = tuple[float, ...]
@@ -61,8 +64,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         rounding: ``"nearest"``, or ``"stochastic"`` for 16-bit states and for 16-bit parameters of which neither
             `master_weights` nor `kahan` keeps more: up or down, with the probabilities that make the mean right.
         seed: of stochastic rounding, in :math:`[0, 2^{64})`. The random numbers are a function of the seed, the place
-            of the parameter among all of the optimizer's, the number of its steps, the state and the element. Give
-            different seeds to optimizers that step different parameters.
+            of the parameter among all of the optimizer's, the number of its steps, the state and the element: for a
+            DTensor of which only rows are split, its place in the whole. Give different seeds to optimizers that step
+            different parameters.
         max_grad_norm: at least 0. Multiply all gradients by ``min(1, max_grad_norm / (norm + 1e-6))``, as
             ``torch.nn.utils.clip_grad_norm_`` does, where the norm is that of the gradients of all parameters
             together, unscaled. The gradients themselves stay as they are. None does not clip.
@@ -78,6 +82,10 @@ class FusedOptimizer(torch.optim.Optimizer):
     ``torch.amp.GradScaler`` leaves unscaling and skipping to the step where the kernels run for all parameters: by its
     attributes `grad_scale`, which the gradients are divided by, and `found_inf`, which skips the step unless it is 0.
     Both are one-element tensors; a step reads them where they are and waits for neither.
+
+    Parameters may be DTensors. Their states are DTensors of the same placements, and a rank steps what it holds. Where
+    a step asks for the norm of gradients or may be skipped, all ranks of their meshes must step, also those without
+    elements or gradients; all take the same decision.
 
     In a CUDA graph the step is captured with the numbers, and for the parameters with gradients, of that moment. What
     is to change between replays must be a tensor on the device: `lr` and, where the class takes them, others. Make a
@@ -108,6 +116,10 @@ class FusedOptimizer(torch.optim.Optimizer):
     _hyper: Hyper | None
     _grad_norm: Tensor | None
     _may_skip: bool  # whether any step could have been skipped
+    _skipped_steps: Tensor | int
+    _steps_in_backward: bool
+    _opt_called: bool
+    _origin: tuple[int, int, int]  # group, position and index of the first parameter in a whole optimizer
     _captured: tuple[Plan, ...]  # what graphs read, for as long as they may be replayed
 
     if not TYPE_CHECKING:
@@ -245,15 +257,30 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @property
     def skipped_steps(self) -> Tensor:
-        """How many steps were skipped, on GradScaler's word or by `skip_nonfinite`: 0-d, int64, where the step ran."""
-        return self.param_groups[0].get(SKIPPED_STEPS, torch.tensor(0))
+        """How many steps were skipped, on GradScaler's word or by `skip_nonfinite`: 0-d, int64, where the step ran.
+
+        With `skip_nonfinite` it is saved, as a key of the first param group.
+        """
+        return torch.as_tensor(self.param_groups[0].get(SKIPPED_STEPS, self._skipped_steps))
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """What torch.amp.GradScaler asks before it leaves unscaling and skipping to the step."""
-        asker = sys._getframe(1)  # before anything that dynamo would call from a frame of its own
-        return self._all_in_kernels() and not amp.wants_no(self, asker)
+        """What torch.amp.GradScaler asks before it leaves unscaling and skipping to the step.
 
+        Where parameters are sharded, the step asks all ranks whether to skip, in kernels or not. GradScaler does not.
+        """
+        if amp.wants_no(self, sys._getframe(1)):
+            return False
+        if self._steps_in_backward:
+            raise RuntimeError(
+                "GradScaler cannot be used with step_in_backward: when it would unscale or skip, the parameters have "
+                "stepped, by scaled gradients"
+            )
+        if any(is_sharded(param) for group in self.param_groups for param in group["params"]):
+            return True
+        return self._all_in_kernels
+
+    @property
     def _all_in_kernels(self) -> bool:
         if self._plan is not None:
             return self._plan.all_in_kernels
@@ -302,7 +329,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 f"{type(self).__name__}.step() is being captured in a CUDA graph, but capturable is False: make the "
                 "optimizer with capturable=True (or set it in every param group), and make a step before the capture"
             )
-        if not self._all_in_kernels():
+        if not self._all_in_kernels:
             raise RuntimeError("a step can be captured in a CUDA graph where the kernels run for all parameters only")
 
     def _planned(self, hyper: Hyper, changed: set[str]) -> tuple[Plan, Live]:
@@ -311,14 +338,20 @@ class FusedOptimizer(torch.optim.Optimizer):
         # A scheduler changes the learning rate of all groups at every step, and no state depends on it.
         if plan is not None and not changed <= {"lr"} and used_states(self) != plan.uses:
             plan = None
-        live = plan.gather(self) if plan is not None else None
+        # Once in a step, since it may take the other ranks. A plan without DTensors notices the first one itself.
+        grads = self._local_grads() if self._plan is None or self._plan.is_sharded else None
+        live = plan.gather(self, grads) if plan is not None else None
         if plan is not None and live is not None and not _DEBUG:
             return plan, live
+        grads = self._local_grads() if grads is None else grads
         with torch.no_grad():
-            fresh = Plan(self, hyper, self._plan)
+            fresh = Plan(self, hyper, self._plan, grads)
         if plan is not None and live is not None and not plan.describes_the_same(fresh):
             raise RuntimeError("FUSEDOPT_DEBUG: something moved since the last step and was not noticed")
-        return fresh, fresh.read(self, all_params(self))
+        return fresh, fresh.read(self, all_params(self), grads)
+
+    def _local_grads(self) -> list[Tensor | None]:
+        return local_grads(all_params(self), partial(param_name, self))
 
     @property
     def _optional(self) -> dict[str, Any]:
@@ -365,6 +398,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             super().load_state_dict(state_dict)
         finally:
             hook.remove()
+        self._skipped_steps = 0  # unless a loaded group has it
 
     def state_dict(self) -> dict[str, Any]:
         """The state as ``torch.optim.Optimizer.state_dict`` returns it."""
@@ -373,7 +407,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         check_not_swapped(self, "a copy")
-        return {**super().__getstate__(), "backend": self.backend, "_may_skip": self._may_skip}
+        own = {name: getattr(self, name) for name in ("backend", "_may_skip", "_skipped_steps")}
+        return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         loaded = state["state"]
@@ -405,5 +440,14 @@ def _untraced(function: Callable[..., Any], *args: Any) -> Any:
     return function(*args)
 
 
-_UNSET = {"backend": "auto", "_plan": None, "_hyper": None, "_grad_norm": None, "_may_skip": False, "_captured": ()}
-_DEBUG = os.environ.get("FUSEDOPT_DEBUG", "0") not in ("", "0")
+_UNSET = {
+    "backend": "auto",
+    "_plan": None,
+    "_hyper": None,
+    "_grad_norm": None,
+    "_may_skip": False,
+    "_skipped_steps": 0,
+    "_steps_in_backward": False,
+    "_origin": (0, 0, 0),
+    "_captured": (),
+}

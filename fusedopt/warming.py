@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from . import backend
 from .declaration import count_scalars
-from .entry import entries_of
+from .entry import entries_of, param_name
 from .gate import Gate
 from .multi_tensor import signature_of
 from .optimizer import FusedOptimizer
+from .sharding import local, local_grads
 from .tables import Item, Signature, Tables
 
 
@@ -42,7 +45,8 @@ def warmup(optimizer: FusedOptimizer) -> None:
         gate = Gate(optimizer, hyper)
         tables.read([0] * len(items), hyper, gate)
         if gate.reads_gradients:
-            gate.partials.append(tables.sum_squares())
+            for _, partials in tables.sum_squares():
+                gate.add(partials)
         tables.step(gate)
 
 
@@ -51,7 +55,8 @@ def _signatures(optimizer: FusedOptimizer) -> dict[torch.device, dict[Signature,
     found: dict[torch.device, dict[Signature, Item]] = {}
     nowhere = (0,) * (3 + len(optimizer.states)), (0,) * (2 + len(optimizer.scalar_states))
     params = [param for group in optimizer.param_groups for param in group["params"]]
-    for entry, param in zip(entries_of(optimizer, {}), params, strict=True):
+    grads = local_grads(params, partial(param_name, optimizer))
+    for entry, param in zip(entries_of(optimizer, grads, {}), params, strict=True):
         if not entry.kernels or backend.why_no_kernels(param, interpreted=True) is not None:
             continue
         if entry.grad_meta is None and not param.requires_grad:
@@ -60,7 +65,7 @@ def _signatures(optimizer: FusedOptimizer) -> dict[torch.device, dict[Signature,
         states = dict(optimizer.state.get(param, {}))
         if any(states.get(name) is None for name in entry.state_names):
             # Of one element, since only their dtypes matter. On the device: a subclass may look at the values.
-            small = param.new_zeros((1,) * param.dim())
+            small = torch.zeros((1,) * param.dim(), dtype=param.dtype, device=local(param).device)
             optimizer.create_states(small, states, optimizer.param_groups[entry.group])
         signature = signature_of(optimizer, entry, param.dtype, states)
         item = Item(entry.index, entry.group, signature, 1, entry.index, 0, *nowhere)
