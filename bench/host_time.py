@@ -40,7 +40,7 @@ from .common import (
     usable_device,
     writable_folder,
 )
-from .timing import Call, Work, host_stopwatch, interleaved, launches, wait_for
+from .timing import Call, Spread, Work, host_stopwatch, interleaved, launches, wait_for
 
 SHAPES = [(1, 1), (30, 1), (300, 1), (3000, 1), (465, 50), (465, 465)]  # tensors, param groups
 PROFILED = [(300, 1), (465, 465)]
@@ -162,8 +162,9 @@ def measure(name: str, device: torch.device, rounds: int, repeats: int) -> tuple
             for change in CHANGES:
                 works = {who: each.work(change) for who, each in made.items()}
                 times = interleaved(works, stopwatch, rounds, repeats)
-                for who, spread in times.items():
-                    rows.append(Row(*shape, change, who, **asdict(spread), kernels=count(works[who].run, calls)))
+                for who, samples in times.items():
+                    spread = asdict(Spread.of(samples))
+                    rows.append(Row(*shape, change, who, **spread, kernels=count(works[who].run, calls)))
             if shape in PROFILED:
                 key = f"{shape[0]} tensors, {shape[1]} groups" if shape[1] > 1 else f"{shape[0]} tensors, 1 group"
                 profiles[key] = {change: own_times(made[OURS].work(change), rounds * repeats) for change in CHANGES}

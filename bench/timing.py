@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -56,8 +57,57 @@ def host_stopwatch(wait: Call, clock: Callable[[], float] = time.perf_counter) -
     return measure
 
 
-def interleaved(works: Mapping[str, Work], stopwatch: Stopwatch, rounds: int, repeats: int = 1) -> dict[str, Spread]:
-    """Time every work `rounds` times `repeats` times.
+class EventStopwatch:
+    """Times what the device does for a call, by events on its stream, however long the host takes to ask for it.
+
+    The device is kept busy while the host asks; else the gaps in which it waits for the host would count. How long, is
+    found out call by call: as long as the device is through before the host is, the next time has twice the head
+    start. A call that itself waits for the device never gets ahead of it; `waited` knows those.
+
+    Args:
+        make_event: makes an event that can be recorded, asked, waited for, and has an `elapsed_time` in milliseconds.
+        keep_busy: gives the device something to do, which also fills its cache with other data.
+    """
+
+    def __init__(self, make_event: Callable[[], Any], keep_busy: Call, most: int = 512) -> None:
+        self._make_event = make_event
+        self._keep_busy = keep_busy
+        self._most = most
+        self._head_starts: dict[Call, int] = {}
+        self._late: set[Call] = set()
+
+    def __call__(self, call: Call) -> float:
+        head_start = self._head_starts.get(call, 1)
+        start, end = self._make_event(), self._make_event()
+        for _ in range(head_start):
+            self._keep_busy()
+        start.record()
+        call()
+        end.record()
+        self._late.discard(call)
+        if start.query():
+            self._late.add(call)
+            self._head_starts[call] = min(2 * head_start, self._most)
+        end.synchronize()
+        return start.elapsed_time(end) / 1000
+
+    def settle(self, work: Work) -> None:
+        """Find the head start of a work, and warm it up."""
+        for _ in range(self._most.bit_length() + 2):
+            work.prepare()
+            self(work.run)
+            if work.run not in self._late:
+                return
+
+    def waited(self, call: Call) -> bool:
+        """Whether the device had to wait for the host when it last did this."""
+        return call in self._late
+
+
+def interleaved(
+    works: Mapping[str, Work], stopwatch: Stopwatch, rounds: int, repeats: int = 1
+) -> dict[str, list[float]]:
+    """The seconds of every work, `rounds` times `repeats` of them.
 
     In each round every work has a turn: once untimed, since another one has just used the caches, then `repeats`
     times. The order changes from round to round.
@@ -74,7 +124,7 @@ def interleaved(works: Mapping[str, Work], stopwatch: Stopwatch, rounds: int, re
                     elapsed = stopwatch(work.run)
                     if repeat:
                         times[name].append(elapsed)
-    return {name: Spread.of(each) for name, each in times.items()}
+    return times
 
 
 def launches(call: Call) -> int:
