@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tests.cases import Case
 
 from .machine import MAX_TEMPORARIES, Machine
-from .peers import OURS, PEERS, STOCHASTIC, Contender, Groups, UnavailableError, bytes_moved, fusedopt
+from .peers import OURS, PEERS, STOCHASTIC, Contender, Groups, UnavailableError, bytes_moved, ours
 from .shapes import Shape
 from .timing import Spread, Work, interleaved
 
@@ -68,13 +68,17 @@ class Row:
     def bytes_per_second(self) -> float | None:
         return self.bytes_moved / self.time["median"] if self.time and self.bytes_moved else None
 
+    def record(self) -> dict[str, Any]:
+        """For JSON: all but the samples."""
+        return {key: value for key, value in asdict(self).items() if key != "samples"}
+
 
 def step_makers(setting: Setting, machine: Machine) -> Makers:
     """Everybody who can be asked to step, fusedopt first."""
     case = setting.case
-    makers: dict[str, Callable[[Groups], Contender]] = {OURS: lambda groups: fusedopt(case, groups, machine.backend)}
+    makers: dict[str, Callable[[Groups], Contender]] = {OURS: lambda groups: ours(case, groups, machine.backend)}
     if setting.dtype == torch.bfloat16:
-        makers[STOCHASTIC] = lambda groups: fusedopt(case, groups, machine.backend, rounding="stochastic")
+        makers[STOCHASTIC] = lambda groups: ours(case, groups, machine.backend, rounding="stochastic")
     return makers | {name: partial(make, case) for name, make in PEERS.items()}
 
 
@@ -88,7 +92,7 @@ def compare(setting: Setting, makers: Makers, machine: Machine, check: Callable[
         AssertionError: the first step of fusedopt is wrong, so that its time says nothing.
     """
     shape = fitted(setting, len(makers), machine)
-    groups, params = _parameters(shape, setting, machine.device)
+    groups, params = make_parameters(shape, setting, machine.device)
     common = {
         "case": setting.case.id,
         "optimizer": setting.case.optimizer,
@@ -105,17 +109,19 @@ def compare(setting: Setting, makers: Makers, machine: Machine, check: Callable[
     for name, make in makers.items():
         look = check(setting, params) if name == OURS else None
         try:
-            contenders[name] = make([dict(group) for group in groups])
-            contenders[name].prepare()
-            contenders[name].step()
+            contender = make([dict(group) for group in groups])
+            contender.prepare()
+            contender.step()
         except UnavailableError as error:
             rows[name].error = str(error)
         except Exception as error:
             if name == OURS:
                 raise
             rows[name].error = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        else:
+            contenders[name] = contender
         if look is not None:
-            look(contenders[name])
+            look(contender)
     if machine.is_gpu:
         rows[COPY] = Row(**common, contender=COPY, bytes_moved=bytes_moved(contenders[OURS].optimizer))
     _measure(rows, contenders, machine)
@@ -124,7 +130,8 @@ def compare(setting: Setting, makers: Makers, machine: Machine, check: Callable[
 
 def fitted(setting: Setting, n_contenders: int, machine: Machine) -> Shape:
     """The shape, made smaller if that is what it takes to hold everybody's states."""
-    n_states = len(type(setting.case.make([torch.zeros(1)])).states)
+    optimizer = setting.case.make([torch.zeros(1)])
+    n_states = sum(optimizer.uses(name, optimizer.param_groups[0]) for name in optimizer.states)
     streams = 2 + MAX_TEMPORARIES + n_contenders * n_states
     return setting.shape.shrink(machine.max_elements(streams * setting.dtype.itemsize))
 
@@ -161,7 +168,7 @@ def _ends(tensor: Tensor) -> list[Tensor]:
     return [flat] if len(flat) <= 2 * CHECKED else [flat[:CHECKED], flat[-CHECKED:]]
 
 
-def _parameters(shape: Shape, setting: Setting, device: torch.device) -> tuple[Groups, Params]:
+def make_parameters(shape: Shape, setting: Setting, device: torch.device) -> tuple[Groups, Params]:
     """Random parameters, which all contenders share, with their gradients."""
     torch.manual_seed(0)
     make = torch.zeros if setting.gradients == "zero" else torch.randn

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from .common import circumstances
+from .common import circumstances, default_device
 from .compare import Row
 from .comparisons import LEFT_OUT_ON_CPU, Comparison
 from .machine import Machine, this_machine
@@ -70,12 +69,22 @@ class WithoutPytestBenchmark:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items[:] = [
-        item for item in items if item.callspec.params["contender"] in item.callspec.params["comparison"].contenders
-    ]
+    items[:] = [item for item in items if _is_wanted(item)]
     for item in items:
-        item.add_marker(pytest.mark.filterwarnings("default"))  # the warnings of peers are theirs
-        item.add_marker(pytest.mark.benchmark(timer=CLOCK))
+        if _call(item):
+            item.add_marker(pytest.mark.filterwarnings("default"))  # the warnings of peers are theirs
+            item.add_marker(pytest.mark.benchmark(timer=CLOCK))
+
+
+def _call(item: pytest.Item) -> dict[str, Any]:
+    """The comparison and the contender of an item; empty for a test of another kind."""
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    return params if "comparison" in params else {}
+
+
+def _is_wanted(item: pytest.Item) -> bool:
+    call = _call(item)
+    return not call or call["contender"] in call["comparison"].contenders
 
 
 @pytest.fixture(scope="session")
@@ -91,8 +100,12 @@ def comparison(request: pytest.FixtureRequest, machine: Machine) -> dict[str, Ro
     if session.is_over:
         session.left_out.append(f"{asked.kind} {asked.id}: the time was over")
         pytest.skip("the time was over")
-    calls = [item.callspec.params for item in request.session.items]
-    rows = asked.run(machine, {call["contender"] for call in calls if call["comparison"] is asked})
+    calls = map(_call, request.session.items)
+    try:
+        rows = asked.run(machine, {call["contender"] for call in calls if call.get("comparison") is asked})
+    except Exception as error:
+        session.left_out.append(f"{asked.kind} {asked.id}: {type(error).__name__}: {error}")
+        raise
     session.rows[asked.kind] += rows
     return {row.contender: row for row in rows}
 
@@ -107,7 +120,7 @@ def show(comparison: dict[str, Row], request: pytest.FixtureRequest) -> Callable
             pytest.skip(row.error)
         benchmark = request.getfixturevalue("benchmark")
         benchmark.group = f"{row.case}, {row.shape}, {row.dtype}"
-        benchmark.extra_info.update(asdict(row))
+        benchmark.extra_info.update(row.record())
         benchmark.pedantic(CLOCK.play, args=(iter(row.samples),), rounds=len(row.samples))
 
     return show
@@ -118,11 +131,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if path is None or session.config.getoption("collectonly"):
         return
     mine = session.config.stash[SESSION]
-    rows = {
-        kind: [{k: v for k, v in asdict(row).items() if k != "samples"} for row in mine.rows[kind]]
-        for kind in mine.rows
-    }
-    result = circumstances("pytest", this_machine().device) | {"left_out": mine.left_out, "rows": rows}
+    rows = {kind: [row.record() for row in rows] for kind, rows in mine.rows.items()}
+    result = circumstances("pytest", torch.device(default_device())) | {"left_out": mine.left_out, "rows": rows}
     path.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -42,7 +42,7 @@ class Contender:
         return Work(self.step, self.prepare)
 
 
-def fusedopt(case: Case, groups: Groups, backend: str, **options: Any) -> Contender:
+def ours(case: Case, groups: Groups, backend: str, **options: Any) -> Contender:
     optimizer = case.make(groups, backend=backend, **options)
     return Contender(optimizer, optimizer.step)
 
