@@ -30,7 +30,7 @@ def step(
     optimizer: FusedOptimizer,
     entries: Sequence[Entry],
     live: Live,
-    hyper: Sequence[tuple[Number, ...]],
+    hyper: Sequence[Sequence[Number]],
     gate: Gate,
 ) -> None:
     """Step every parameter that has a gradient and is not the kernels'."""
@@ -44,9 +44,10 @@ def step(
     group = -1
     scalars: Scalars = ()
     with torch.inference_mode():  # a sixth less for every operation than no_grad, and nothing made here is kept
-        for entry, param, grad, row in zip(entries, live.params, live.grads, live.rows, strict=True):
+        for entry, param, grad in zip(entries, live.params, live.grads, strict=True):
             if grad is None or entry.kernels:
                 continue
+            row = live.rows[entry.row]
             if entry.scalar_names:
                 scalars = advance(entry, row)
             elif entry.group != group:
@@ -62,9 +63,9 @@ def step(
 class _Scalars:
     """The scalars of one step, computed once for all parameters of a group that have made as many steps."""
 
-    def __init__(self, optimizer: FusedOptimizer, hyper: Sequence[tuple[Number, ...]]) -> None:
+    def __init__(self, optimizer: FusedOptimizer, hyper: Sequence[Sequence[Number]]) -> None:
         self._optimizer = optimizer
-        self._hyper = [tuple(map(float, row[:-1])) for row in hyper]
+        self._rows = hyper
         self._computed: dict[tuple[int, tuple[float, ...]], tuple[Scalars, Scalars]] = {}
         self._without: dict[int, Scalars] = {}
 
@@ -73,18 +74,21 @@ class _Scalars:
         values = tuple([row[slot].item() if slot >= 0 else 1.0 for slot in entry.scalar_slots])
         key = entry.group, values
         if key not in self._computed:
-            self._computed[key] = self._optimizer.scalars(self._hyper[entry.group], values)
+            self._computed[key] = self._optimizer.scalars(self._hyper(entry.group), values)
         scalars, advanced = self._computed[key]
         for slot, old, new in zip(entry.scalar_slots, values, advanced, strict=True):
             if slot >= 0 and new != old:
                 row[slot].fill_(new)
         return scalars
 
+    def _hyper(self, group: int) -> Scalars:
+        return tuple(map(float, self._rows[group][:-1]))
+
     def without_states(self, group: int) -> Scalars:
         """The scalars where the options call for no scalar state."""
         if group not in self._without:
             ones = (1.0,) * len(self._optimizer.scalar_states)
-            self._without[group] = self._optimizer.scalars(self._hyper[group], ones)[0]
+            self._without[group] = self._optimizer.scalars(self._hyper(group), ones)[0]
         return self._without[group]
 
 

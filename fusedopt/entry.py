@@ -13,7 +13,7 @@ from torch import Tensor
 from . import backend, layout, precision
 from .averaging import EMA, EMA_STEP, ema_dtype
 from .backend import use_kernels, why_no_kernels
-from .hyper import is_number
+from .hyper import is_number, tuple_getter
 from .options import option
 from .precision import ROUNDING_STEP
 from .watch import meta
@@ -40,6 +40,7 @@ class Entry:
     scalar_slots: tuple[int, ...]  # where in a row each of the optimizer's scalar states is, -1 = left out
     pick_states: Callable[[Row], Sequence[Tensor | None]] = field(compare=False)  # from a row, None for absent ones
     grad_meta: tuple[Any, ...] | None
+    row: int = -1  # of its states among those of the optimizer
     plain: bool = False
 
     @property
@@ -58,16 +59,6 @@ class Entry:
     def names(self) -> tuple[str, ...]:
         """The keys of the parameter's state that the step reads, in the order of a gathered row."""
         return self.scalar_names + self.state_names
-
-
-def tuple_getter(keys: Sequence[Any]) -> Callable[[Any], tuple[Any, ...]]:
-    """An itemgetter that returns a tuple for any number of keys."""
-    if len(keys) > 1:
-        return itemgetter(*keys)
-    if len(keys) == 1:
-        (key,) = keys
-        return lambda items: (items[key],)
-    return lambda items: ()
 
 
 def _state_picker(

@@ -59,6 +59,7 @@ class Gate:
         """What the kernels know of the options."""
         return -1.0 if self.max_grad_norm is None else self.max_grad_norm, float(self.skip_nonfinite)
 
+    @torch.no_grad()
     def add(self, grads: Iterable[tuple[str, Tensor]]) -> None:
         """Add gradients that no kernel reads, each with the name of its parameter."""
         by_device: dict[torch.device, list[Tensor]] = {}
@@ -82,6 +83,7 @@ class Gate:
         counter, self.skipped_steps = self.skipped_steps, None
         return counter
 
+    @torch.no_grad()
     def decide(self) -> tuple[bool, float]:
         """(whether the step is skipped, what the gradients are multiplied by), on the host, which waits for them."""
         scale = 1.0 if self.grad_scale is None else float(self.grad_scale)

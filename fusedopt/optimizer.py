@@ -20,7 +20,7 @@ from .gate import SKIPPED_STEPS, Gate
 from .hyper import Hyper
 from .loading import shield, unshield
 from .options import DEFAULTS, check_group, option
-from .plan import Live, Plan, used_states
+from .plan import Live, Plan, all_params, used_states
 from .precision import state_dtype
 
 Group: TypeAlias = dict[str, Any]
@@ -226,8 +226,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with torch.no_grad():
-            self._step()
+        self._step()
         return loss
 
     @property
@@ -281,17 +280,17 @@ class FusedOptimizer(torch.optim.Optimizer):
         if capturing:
             self._check_capture()
         try:
-            hyper_changed = hyper.refresh(self.param_groups)
+            changed = hyper.refresh(self.param_groups)
             gate = Gate(self, hyper)
             if gate.may_skip and not self._may_skip:
                 self._may_skip, self._plan = True, None
-            plan, live = self._planned(hyper, hyper_changed)
+            plan, live = self._planned(hyper, changed)
         except Exception:
             self._plan = self._hyper = None  # whatever was new to this step is new to the next one too
             raise
         self._plan = plan
-        if capturing:
-            self._captured = (*self._captured, plan)
+        if capturing:  # the graph's from now on: what it has uploaded is there only when it is replayed
+            self._plan, self._captured = None, (*self._captured, plan)
         plan.run(self, live, hyper, gate)
         self._grad_norm = gate.grad_norm
 
@@ -307,18 +306,20 @@ class FusedOptimizer(torch.optim.Optimizer):
         if not self._step_supports_amp_scaling:
             raise RuntimeError("a step can be captured in a CUDA graph where the kernels run for all parameters only")
 
-    def _planned(self, hyper: Hyper, hyper_changed: bool) -> tuple[Plan, Live]:
+    def _planned(self, hyper: Hyper, changed: set[str]) -> tuple[Plan, Live]:
         """The last plan if it still holds, else a new one, and the tensors of this step."""
         plan = self._plan
-        if plan is not None and hyper_changed and used_states(self) != plan.uses:
+        # A scheduler changes the learning rate of all groups at every step, and no state depends on it.
+        if plan is not None and not changed <= {"lr"} and used_states(self) != plan.uses:
             plan = None
         live = plan.gather(self) if plan is not None else None
         if plan is not None and live is not None and not _DEBUG:
             return plan, live
-        fresh = Plan(self, hyper, self._plan)
+        with torch.no_grad():
+            fresh = Plan(self, hyper, self._plan)
         if plan is not None and live is not None and not plan.describes_the_same(fresh):
             raise RuntimeError("FUSEDOPT_DEBUG: something moved since the last step and was not noticed")
-        return fresh, fresh.read(self)
+        return fresh, fresh.read(self, all_params(self))
 
     @property
     def _optional(self) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from . import backend
 from .averaging import ema_dtype
 from .backend import triton_interprets
+from .hyper import tuple_getter
 from .precision import kept_dtype
 
 if TYPE_CHECKING:
@@ -124,6 +125,7 @@ class Tables:
             members.setdefault(item.signature, []).append(item)
         ordered = [item for same in members.values() for item in same]
         self.positions = [item.position for item in ordered]
+        self.pick = tuple_getter(self.positions)
         self.device = device
         self._stream = self._current_stream()
         self._scalars_rule, self._update_rule = rule(type(optimizer))
@@ -147,7 +149,7 @@ class Tables:
         self._squares.tables, tables = tables[:n_squares], tables[n_squares:]
         firsts = [0, *accumulate(map(len, members.values()))]
         self._updates = [
-            (signature.constants, first, rows, chunks)
+            (signature.constants, first, rows, chunks.view(torch.int32))
             for signature, first, rows, chunks in zip(members, firsts, tables[::2], tables[1::2], strict=False)
             if len(chunks)
         ]
@@ -163,9 +165,8 @@ class Tables:
         self._hyper_tensors: list[Tensor] = []
         self._hyper_version = -1
         self._n_hyper = 0
-        self._dynamic = np.empty(0, dtype=np.int64)
-        self._dynamic_slices: list[Tensor] = []
-        self._staging: Tensor | None = None
+        self._known: Any = None  # what the last `read` was told
+        self._dynamic: list[Tensor] = []  # and the same on the device
 
     def is_current(self) -> bool:
         """Whether the tables can be used on the current stream: on that which they were made on and owns their memory.
@@ -176,25 +177,33 @@ class Tables:
 
     def read(self, grad_addresses: Sequence[int], hyper: Hyper, gate: Gate) -> None:
         """Bring what may differ between two steps to the device; gradients without an address sit this one out."""
+        told = grad_addresses, hyper.version, gate.numbers()
+        if told == self._known and not backend.is_capturing():
+            return
         if hyper.version != self._hyper_version:
             self._read_hyper(hyper.rows)
             self._hyper_version = hyper.version
-        grads = np.array(grad_addresses, dtype=np.int64)
-        limits = np.array(gate.numbers())
-        dynamic, bounds = _pack([grads, self._hyper.view(np.int64), self._hyper_pointers, limits.view(np.int64)])
-        if backend.is_capturing() or not np.array_equal(dynamic, self._dynamic):
-            self._dynamic, self._dynamic_slices = dynamic, _slices(self._upload(dynamic), bounds)
+        sections = [
+            np.array(grad_addresses, dtype=np.int64),
+            self._hyper.view(np.int64),
+            self._hyper_pointers,
+            np.array(gate.numbers()).view(np.int64),
+        ]
+        dynamic, bounds = _pack(sections)
+        grads, numbers, pointers, limits = _slices(self._upload(dynamic), bounds)
+        self._dynamic = [grads, numbers.view(torch.float64), pointers, limits.view(torch.float64)]
+        self._known = told
 
     def sum_squares(self) -> Tensor:
         """Sums of squares of the gradients, and how many elements are not finite: float64 [n, 2]."""
         with self._on_device():
-            return self._squares.launch(self._dynamic_slices[0], self.device)
+            return self._squares.launch(self._dynamic[0], self.device)
 
     def step(self, gate: Gate) -> None:
         """Step the tensors, if the gate lets the step pass."""
         from .kernels import multi_tensor as kernels
 
-        grads, hyper, hyper_pointers, limits = self._dynamic_slices
+        grads, hyper, hyper_pointers, limits = self._dynamic
         n_tensors = len(self.positions)
         partials = gate.partials_on(self.device) if gate.partials else self._unread
         grad_norm = torch.empty((), dtype=torch.float64, device=self.device) if gate.partials else self._unread
@@ -210,9 +219,9 @@ class Tables:
                 self._groups,
                 grads,
                 self._scalar_states,
-                hyper.view(torch.float64),
+                hyper,
                 hyper_pointers,
-                limits.view(torch.float64),
+                limits,
                 grad_scale,
                 found_inf,
                 partials,
@@ -233,12 +242,12 @@ class Tables:
             for constants, first, rows, chunks in self._updates:
                 launch(
                     kernels.update,
-                    len(chunks),
+                    len(chunks) // 2,
                     rows,
                     grads,
                     self._scalars,
                     self._control,
-                    chunks.view(torch.int32),
+                    chunks,
                     first,
                     UPDATE=self._update_rule,
                     N_SCALARS=self._n_scalars,
@@ -248,10 +257,9 @@ class Tables:
         if backend.is_capturing():
             self._graphs.append((self._hyper_tensors, grads, partials, grad_norm, skipped_steps, found_inf, grad_scale))
 
-    def _read_hyper(self, hyper: Sequence[tuple[Number, ...]]) -> None:
+    def _read_hyper(self, hyper: Sequence[Sequence[Number]]) -> None:
         """Numbers, and the addresses of those that live on a device (odd: fp32). The tensors are kept alive."""
-        shape = (len(hyper), len(hyper[0]))
-        self._n_hyper = shape[1] - 1
+        self._n_hyper = len(hyper[0]) - 1
         numbers = [number for row in hyper for number in row]
         addresses = [0] * len(numbers)
         self._hyper_tensors = []

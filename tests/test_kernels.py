@@ -291,7 +291,7 @@ def test_shared_memory_steps_one_after_the_other(case, device, monkeypatch, seed
     """Overlapping parameters, and gradients that are the memory of a parameter before or after them."""
     # The programs of a launch may run in any order; the interpreter's is the right one by chance.
     in_order = fusedopt.tables.chunks_of
-    monkeypatch.setattr(fusedopt.tables, "_chunks", lambda *sizes: in_order(*sizes)[::-1].copy())
+    monkeypatch.setattr(fusedopt.tables, "chunks_of", lambda *sizes: in_order(*sizes)[::-1].copy())
     noise = Noise(seed, FP64, device)
     memory = 10 + noise(60).clamp(-2, 2)  # far from 0, so that no gradient is one whose sign rounding decides
 
