@@ -18,9 +18,11 @@ from .machine import Machine, this_machine
 
 
 class Session:
-    """The rows by kind, what was left out, and the end of the time that there is."""
+    """The rows by kind, what was left out, where to write them, and the end of the time that there is."""
 
-    def __init__(self, budget: float | None) -> None:
+    def __init__(self, path: Path | None, budget: float | None) -> None:
+        self._path = path
+        self._circumstances = circumstances("pytest", torch.device(default_device()))
         self.rows: dict[str, list[Row]] = {"step": [], "pipeline": [], "scale": []}
         self.left_out = [] if torch.cuda.is_available() else list(LEFT_OUT_ON_CPU)
         self._end = None if budget is None else time.monotonic() + budget
@@ -28,6 +30,13 @@ class Session:
     @property
     def is_over(self) -> bool:
         return self._end is not None and time.monotonic() > self._end
+
+    def write(self) -> None:
+        """What there is by now: who is stopped has lost nothing."""
+        if self._path is not None:
+            rows = {kind: [row.record() for row in rows] for kind, rows in self.rows.items()}
+            result = self._circumstances | {"left_out": self.left_out, "rows": rows}
+            self._path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 class Clock:
@@ -54,7 +63,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # others would make the times depend on what else the machine does
-    config.stash[SESSION] = Session(config.getoption("--budget"))
+    config.stash[SESSION] = Session(config.getoption("--results"), config.getoption("--budget"))
     if not config.pluginmanager.hasplugin("benchmark"):
         config.addinivalue_line("markers", "benchmark: how pytest-benchmark shows it")
         config.pluginmanager.register(WithoutPytestBenchmark())
@@ -107,6 +116,7 @@ def comparison(request: pytest.FixtureRequest, machine: Machine) -> dict[str, Ro
         session.left_out.append(f"{asked.kind} {asked.id}: {type(error).__name__}: {error}")
         raise
     session.rows[asked.kind] += rows
+    session.write()
     return {row.contender: row for row in rows}
 
 
@@ -124,16 +134,6 @@ def show(comparison: dict[str, Row], request: pytest.FixtureRequest) -> Callable
         benchmark.pedantic(CLOCK.play, args=(iter(row.samples),), rounds=len(row.samples))
 
     return show
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    path = session.config.getoption("--results")
-    if path is None or session.config.getoption("collectonly"):
-        return
-    mine = session.config.stash[SESSION]
-    rows = {kind: [row.record() for row in rows] for kind, rows in mine.rows.items()}
-    result = circumstances("pytest", torch.device(default_device())) | {"left_out": mine.left_out, "rows": rows}
-    path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

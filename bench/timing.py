@@ -67,12 +67,13 @@ class EventStopwatch:
     Args:
         make_event: makes an event that can be recorded, asked, waited for, and has an `elapsed_time` in milliseconds.
         keep_busy: gives the device something to do, which also fills its cache with other data.
+        most: how often at most, for one head start.
     """
 
     def __init__(self, make_event: Callable[[], Any], keep_busy: Call, most: int = 512) -> None:
         self._make_event = make_event
         self._keep_busy = keep_busy
-        self._most = most
+        self.most = most
         self._head_starts: dict[Call, int] = {}
         self._late: set[Call] = set()
 
@@ -87,13 +88,13 @@ class EventStopwatch:
         self._late.discard(call)
         if start.query():
             self._late.add(call)
-            self._head_starts[call] = min(2 * head_start, self._most)
+            self._head_starts[call] = min(2 * head_start, self.most)
         end.synchronize()
         return start.elapsed_time(end) / 1000
 
     def settle(self, work: Work) -> None:
         """Find the head start of a work, and warm it up."""
-        for _ in range(self._most.bit_length() + 2):
+        for _ in range(self.most.bit_length() + 2):
             work.prepare()
             self(work.run)
             if work.run not in self._late:

@@ -12,50 +12,7 @@ import fusedopt.tables
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-pytest.importorskip("triton", reason="without Triton there is no host time of the kernels")
-
 from bench import host_time
-from bench.timing import Spread, Work, host_stopwatch, interleaved
-
-
-class FakeClock:
-    """Time passes only where something says so."""
-
-    def __init__(self):
-        self.now = 0.0
-        self.log = []
-
-    def __call__(self):
-        return self.now
-
-    def work(self, name, *durations):
-        """A work that takes these seconds, one after the other, and 100 to prepare."""
-        left = list(durations)
-
-        def run():
-            self.log.append(name)
-            self.now += left.pop(0)
-
-        def prepare():
-            self.now += 100
-
-        return Work(run, prepare)
-
-    def wait(self):
-        self.now += 1000
-
-
-def test_spread():
-    assert Spread.of([5.0, 1.0, 2.0, 4.0, 3.0]) == Spread(1.0, 3.0, 4.6, 5)
-    assert Spread.of([2.0]) == Spread(2.0, 2.0, 2.0, 1)
-
-
-def test_works_have_turns_and_only_they_are_timed():
-    clock = FakeClock()
-    works = {"a": clock.work("a", 50, 1, 2, 50, 3, 4), "b": clock.work("b", 60, 10, 20, 60, 30, 40)}
-    times = interleaved(works, host_stopwatch(clock.wait, clock), rounds=2, repeats=2)
-    assert clock.log == list("aaabbb" + "bbbaaa")
-    assert times == {"a": [1, 2, 3, 4], "b": [10, 20, 30, 40]}
 
 
 @pytest.mark.parametrize("change", host_time.CHANGES)
