@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from cases import CASES
-from fake_gpu import FakeGpu
+from fake_gpu import fake_machine
 
 import fusedopt.tables
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import comparisons, machine, peers, pipelines
 from bench.compare import COPY, Setting, compare, fitted, make_parameters, same_step, step_makers
@@ -35,16 +34,6 @@ def ordinary_steps(monkeypatch):
 def gpu(device):
     """The GPU's ways to measure, on whatever there is."""
     return fake_machine(device)
-
-
-def fake_machine(device, free=2**34):
-    def launches(call):
-        call()
-        return 2
-
-    made = machine.gpu(device, FakeGpu(free), launches, backend="triton")
-    made.stopwatch.most = 1  # its clock never tells it to stop
-    return dataclasses.replace(made, rounds=2)
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
