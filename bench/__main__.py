@@ -30,6 +30,8 @@ def main() -> int:
     """How many programs failed."""
     options = parse_arguments()
     out = options.out.resolve()
+    if out.is_relative_to(ROOT):
+        out = out.relative_to(ROOT)  # for the command that a result tells
     today = datetime.now(timezone.utc).date().isoformat()
     result = out / f"{file_name(torch.device(default_device()))}-{today}.json"
     budget = [] if options.budget is None else ["--budget", str(options.budget)]
@@ -38,7 +40,7 @@ def main() -> int:
         failed += not run("pytest", "tests", "-m", "gpu", "-q", needs="pytest")
     failed += not run("bench.host_time", "--out", str(out), needs="triton")
     failed += not run("pytest", "bench", "-q", "--results", str(result), *budget, needs="pytest")
-    if result.exists():
+    if (ROOT / result).exists():
         failed += not run("bench.report", str(result), needs="tabulate matplotlib")
     return failed
 

@@ -15,6 +15,7 @@ from .common import circumstances, default_device
 from .compare import Row
 from .comparisons import LEFT_OUT_ON_CPU, Comparison
 from .machine import Machine, this_machine
+from .peers import FLASHOPTIM, OPTIMI, version
 
 
 class Session:
@@ -23,6 +24,7 @@ class Session:
     def __init__(self, path: Path | None, budget: float | None) -> None:
         self._path = path
         self._circumstances = circumstances("pytest", torch.device(default_device()))
+        self._circumstances["peers"] = {name: version(name) for name in (OPTIMI, FLASHOPTIM)}
         self.rows: dict[str, list[Row]] = {"step": [], "pipeline": [], "scale": []}
         self.left_out = [] if torch.cuda.is_available() else list(LEFT_OUT_ON_CPU)
         self._end = None if budget is None else time.monotonic() + budget

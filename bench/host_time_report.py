@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import StrMethodFormatter
 from tabulate import tabulate
 
@@ -104,13 +105,18 @@ def draw(result: dict[str, Any], path: Path) -> None:
     """Host time against the number of tensors in one group."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     panel = figure.subplots()
+    styles = dict(zip(result["changes"], ("-", "--", ":"), strict=True))
     for name, color in COLORS.items():
-        for change, style in zip(result["changes"], ("-", "--", ":"), strict=True):
+        for change, style in styles.items():
             rows = [row for row in result["rows"] if row["groups"] == 1]
             rows = [row for row in rows if (row["contender"], row["change"]) == (name, change)]
             x, y = [row["tensors"] for row in rows], [1e6 * row["median"] for row in rows]
-            label = f"{name}, changes: {change}"
-            panel.loglog(x, y, color=color, linestyle=style, marker="o", linewidth=2, label=label)
+            panel.loglog(x, y, color=color, linestyle=style, marker="o", markersize=4, linewidth=2)
+    handles = [Line2D([], [], color=color, linewidth=3, label=name) for name, color in COLORS.items()]
+    handles += [
+        Line2D([], [], color="0.4", linestyle=style, linewidth=2, label=f"changes: {change}")
+        for change, style in styles.items()
+    ]
     panel.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     panel.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     panel.set_xlabel("tensors, in one group", fontsize=12)
@@ -118,5 +124,5 @@ def draw(result: dict[str, Any], path: Path) -> None:
     panel.set_title(f"host time of {result['optimizer']}.step() (µs), {kernels}", fontsize=12, loc="left")
     panel.grid(color="0.9")
     panel.spines[["top", "right"]].set_visible(False)
-    panel.legend(frameon=False, fontsize=10)
+    panel.legend(handles=handles, frameon=False, fontsize=11)
     figure.savefig(path, format="png", dpi=150)

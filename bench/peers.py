@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
+from importlib import import_module, metadata
 from typing import Any
 
 import torch
@@ -109,6 +109,14 @@ def library_class(library: str, name: str, case: Case) -> type[torch.optim.Optim
     if missing:
         raise UnavailableError(f"{library}.{name} has no {missing[0]}")
     return found
+
+
+def version(name: str) -> str:
+    """Of an installed package."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def bytes_moved(optimizer: torch.optim.Optimizer) -> int:

@@ -32,7 +32,8 @@ beside what it has. "÷ n": every tensor has an n-th of its elements, to fit."""
 
 def markdown(result: dict[str, Any]) -> str:
     """All tables of a result."""
-    parts = [f"# Benchmark on {result['device']}", f"{circumstances_in_words(result)}.", READING]
+    libraries = ", ".join(f"{name} {version}" for name, version in result["peers"].items())
+    parts = [f"# Benchmark on {result['device']}", f"{circumstances_in_words(result)}. Peers: {libraries}.", READING]
     if result["left_out"]:
         parts.append("Left out:\n\n" + "\n".join(f"- {line}" for line in result["left_out"]))
     missed = aims(result)

@@ -67,6 +67,7 @@ def result():
         "python": "3",
         "torch": "2",
         "triton": "3",
+        "peers": {"flashoptim": "not installed"},
         "left_out": ["the rest"],
         "rows": {"step": steps, "pipeline": [], "scale": scale},
     }
