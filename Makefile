@@ -16,7 +16,7 @@ demo: $(VENV)/demo.done
 	$(BIN)/python -m bench.demo
 
 test: $(VENV)/test.done
-	$(BIN)/python -m pytest -n auto --durations 10
+	$(BIN)/python -m pytest -n auto --dist loadgroup --durations 10
 
 bench: $(VENV)/bench.done
 	$(BIN)/python -m bench

@@ -20,7 +20,7 @@ from fusedopt import FusedOptimizer
 from fusedopt.hyper import count_numbers
 from fusedopt.options import option
 from fusedopt.precision import is_stochastic, kept_state, state_dtype
-from fusedopt.tables import LAUNCH_OPTIONS, PREPARE_BLOCK_SIZE, Signature, rule
+from fusedopt.tables import LAUNCH_OPTIONS, PREPARE_BLOCK_SIZE, Signature, rule, squares_constants
 
 from .assembly import Loop, MachineCode, accesses, aligned_loop, barriers, loops
 
@@ -161,6 +161,13 @@ def compile_prepare(kernel: Kernel, target: str, *, hyper_tensors: bool) -> Mach
     return _compile(
         multi_tensor.prepare, {"n_tensors": 17, "n_partials": 17, **_prepare_constants(kernel, hyper_tensors)}, target
     )
+
+
+def compile_sum_squares(grad: torch.dtype, target: str) -> MachineCode:
+    """The kernel that reads gradients of a dtype before the step."""
+    from fusedopt.kernels import gate
+
+    return _compile(gate.sum_squares, {"n_chunks": 17, **squares_constants(grad)}, target)
 
 
 def specializations(kernel: Kernel, target: str, number: int) -> list[str]:

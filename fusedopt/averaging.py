@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 EMA = "ema"
 EMA_STEP = "ema_step"  # how often the average has been updated: the first time it becomes the weights themselves
+_SWAPPED: set[int] = set()  # ids of the states of optimizers that are within `swapped`
 
 
 def ema_dtype(param: torch.dtype) -> torch.dtype:
@@ -31,25 +32,41 @@ def new_ema(param: Tensor) -> Tensor:
     return param.detach().to(ema_dtype(param.dtype), copy=True)
 
 
+def check_not_swapped(optimizer: FusedOptimizer, what: str) -> None:
+    """Raise within `swapped`, also where that was entered through a wrapper, which shares its optimizer's state."""
+    if id(optimizer.state) in _SWAPPED:
+        raise RuntimeError(f"{what} within swap_ema: the parameters have the values of their averages there")
+
+
 @contextmanager
 def swapped(optimizer: FusedOptimizer) -> Iterator[None]:
     """Give every parameter the value of its average, and in the end its own back, bit for bit."""
-    if all(option(group, "ema_decay") is None for group in optimizer.param_groups):
+    check_not_swapped(optimizer, "swap_ema")
+    groups = [group for group in optimizer.param_groups if option(group, "ema_decay") is not None]
+    if not groups:
         raise RuntimeError("swap_ema needs averages: give the optimizer an ema_decay")
-    params = [param for group in optimizer.param_groups for param in group["params"]]
-    pairs = [(param, optimizer.state[param][EMA]) for param in params if EMA in optimizer.state.get(param, {})]
-    kept = [None if param.dtype == ema.dtype else param.detach().clone() for param, ema in pairs]
-    with torch.no_grad():
-        for (param, ema), own in zip(pairs, kept, strict=True):
-            _swap(param, ema) if own is None else param.copy_(ema)
+    params = {id(param): param for group in groups for param in group["params"]}  # a duplicate is swapped once
+    with ExitStack() as swaps:  # undone in reverse order, since parameters may share memory
+        for param in params.values():
+            ema = optimizer.state.get(param, {}).get(EMA)
+            if ema is not None:
+                swaps.enter_context(_exchanged(param, ema))
+        _SWAPPED.add(key := id(optimizer.state))
+        swaps.callback(_SWAPPED.discard, key)
+        yield
+
+
+@contextmanager
+def _exchanged(param: Tensor, ema: Tensor) -> Iterator[None]:
+    average = ema.to(param.dtype)  # the state itself, or a rounded copy; it keeps the parameter meanwhile
+    _swap(param, average)
     try:
         yield
     finally:
-        with torch.no_grad():
-            for (param, ema), own in zip(pairs, kept, strict=True):
-                _swap(param, ema) if own is None else param.copy_(own)
+        _swap(param, average)
 
 
+@torch.no_grad()
 def _swap(a: Tensor, b: Tensor) -> None:
     kept = a.clone()
     a.copy_(b)

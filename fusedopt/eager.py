@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def read_gradients(entries: Sequence[Entry], live: Live, gate: Gate) -> None:
     """Tell the gate what the gradients of this backend are like."""
     grads = zip(entries, live.grads, strict=True)
-    gate.add([(entry.name, grad) for entry, grad in grads if grad is not None and not entry.kernels])
+    gate.add_grads([(entry.name, entry.part, grad) for entry, grad in grads if grad is not None and not entry.kernels])
 
 
 def step(
@@ -148,7 +148,7 @@ class _Rounding:
     """Rounds the values of one parameter and step at random, if its group asks for that."""
 
     def __init__(self, entry: Entry, param: Tensor, named: Mapping[str, Tensor]) -> None:
-        self._seed, self._tensor = entry.seed, entry.index
+        self._seed, self._tensor, self._first = entry.seed, entry.tensor, entry.first
         if entry.seed is None:
             return
         self._step = int(named[ROUNDING_STEP].add_(1))
@@ -156,12 +156,14 @@ class _Rounding:
         self._stride = layout.dense_stride(param)
         if param.is_complex():
             self._stride = (*(2 * stride for stride in self._stride), 1)
+            self._first *= 2
 
     def __call__(self, value: Tensor, dtype: torch.dtype, stream: int) -> Tensor:
         """The value as `dtype` can hold it, where that has 16 bits."""
         if self._seed is None or dtype.itemsize != 2:
             return value
-        random = rounding.random_bits(self._seed, self._tensor, self._step, stream, value.numel(), value.device)
+        counter = self._seed, self._tensor, self._step, stream
+        random = rounding.random_bits(*counter, value.numel(), value.device, self._first)
         return rounding.stochastic(value.float(), dtype, random.as_strided(value.shape, self._stride))
 
 

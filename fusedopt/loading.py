@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .averaging import EMA_STEP
+from .gate import SKIPPED_STEPS
 from .hyper import is_number
 from .layout import scalar_dtype
 from .precision import ROUNDING_STEP
@@ -33,7 +34,7 @@ def shield(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict
     }
     groups = list(state_dict["param_groups"])
     if len(groups) == len(optimizer.param_groups):
-        unsaved = ("params", "param_names")
+        unsaved = ("params", "param_names", SKIPPED_STEPS)
         groups = [
             {**{k: v for k, v in own.items() if k not in unsaved}, **loaded}
             for own, loaded in zip(optimizer.param_groups, groups, strict=True)

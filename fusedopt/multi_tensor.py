@@ -66,7 +66,9 @@ class KernelStep:
             group=entry.group,
             signature=signature,
             numel=param.numel() * (2 if param.is_complex() else 1),
-            tensor=entry.index,
+            tensor=entry.tensor,
+            part=entry.part,
+            first=entry.first * (2 if param.is_complex() else 1),
             seed=int(np.uint64(entry.seed or 0).view(np.int64)),
             addresses=tuple(0 if tensor is None else tensor.data_ptr() for tensor in (memory, *states)),
             scalar_addresses=tuple(map(number_address, scalar_states)),
@@ -93,7 +95,10 @@ class KernelStep:
                 tables.read(addresses, hyper, gate)
                 called.append((tables, grads))  # which keeps gradients that have been laid out anew
         if gate.reads_gradients:
-            gate.partials += [tables.sum_squares() for tables, _ in called]
+            for tables, _ in called:
+                for part, partials in tables.sum_squares():
+                    gate.add(partials, part)
+        gate.ask_ranks()
         for tables, grads in called:
             stand_ins = [
                 (stand_in, live.params[position])

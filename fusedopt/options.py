@@ -74,8 +74,9 @@ def check_group(groups: Sequence[Group], index: int) -> None:
 
 
 def _check_flag(group: Group, name: str, index: int) -> None:
-    if option(group, name) not in (True, False):
-        raise TypeError(f"{name} of group {index} must be True or False, but it is {option(group, name)!r}")
+    value = option(group, name)
+    if isinstance(value, Tensor) or value not in (True, False):
+        raise TypeError(f"{name} of group {index} must be True or False, but it is {value!r}")
 
 
 def _check_number(value: Any, name: str, index: int) -> None:

@@ -6,21 +6,24 @@ and says whether the plan still describes them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
-from operator import itemgetter
+from itertools import chain, islice
+from operator import is_, itemgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from . import eager
-from .entry import Entry, Row, check, entries_of, is_plain, is_ready, settle_states
+from . import backend, eager
+from .entry import Entry, Row, check, entries_of, is_plain, is_ready, param_name, settle_states
 from .gate import Gate, settled_counter
 from .hyper import Hyper, tuple_getter
 from .multi_tensor import KernelStep
 from .options import option
+from .ranks import Ranks
+from .sharding import is_sharded, opened
 from .watch import Watch, meta
 
 if TYPE_CHECKING:
@@ -33,13 +36,17 @@ PRECISION = ("state_dtype", "master_weights", "kahan", "rounding", "seed")  # th
 
 @dataclass(slots=True)
 class Live:
-    """The tensors of this step: a parameter and a gradient an entry, a row of states for each `Entry.row`."""
+    """The tensors of this step: a parameter and a gradient an entry, a row of states for each `Entry.row`.
+
+    Of DTensors, what this rank holds.
+    """
 
     params: list[Tensor]
     grads: list[Tensor | None]
     rows: list[Row]
     watched: list[Tensor]  # parameters and states, one after the other
     present: list[Tensor]  # the gradients that are there
+    specs: list[Any]  # how each of `watched` is sharded, if any is
 
     @property
     def complete(self) -> bool:
@@ -50,19 +57,22 @@ class Live:
 class Plan:
     """The entries of an optimizer and how to see that they are what they were."""
 
-    def __init__(self, optimizer: FusedOptimizer, hyper: Hyper, previous: Plan | None) -> None:
+    def __init__(
+        self, optimizer: FusedOptimizer, hyper: Hyper, previous: Plan | None, grads: Sequence[Tensor | None]
+    ) -> None:
         params = all_params(optimizer)
         known = previous.grad_metas() if previous is not None else {}
+        everything = entries_of(optimizer, grads, known)
         self.entries: list[Entry] = []
-        for entry in entries_of(optimizer, known):
-            param = params[entry.index]
-            if param.grad is not None:
-                check(optimizer, entry, param)
+        for entry in everything:
+            param, grad = params[entry.index], grads[entry.index]
+            if grad is not None:
+                check(optimizer, entry, param, grad)
                 self.entries.append(entry)
             elif entry.grad_meta is not None and is_ready(optimizer, entry, param):
                 self.entries.append(entry)
         for entry in self.entries:
-            settle_states(optimizer, entry, params[entry.index])
+            settle_states(optimizer, entry, params[entry.index], grads[entry.index])
 
         self.uses = used_states(optimizer)
         self._backend = optimizer.backend
@@ -80,7 +90,14 @@ class Plan:
         self._outside = sorted(set(range(len(params))).difference(inside))
         self._pick = tuple_getter(inside) if self._outside else tuple
 
-        live = self.read(optimizer, params)
+        self.is_sharded = any(map(is_sharded, params))
+        self._ranks = Ranks(params)
+        for entry in self.entries:
+            entry.part = self._ranks.part_of[entry.index]
+        # Where the host decides it waits anyway; that is so on all ranks or on none.
+        self._compares_ranks = backend.DEBUG or not any(entry.kernels for entry in everything)
+        live = self.read(optimizer, params, grads)
+        self._specs = live.specs
         # Sparse states and fake tensors have no address: with one of them every step makes a new plan.
         self._watchable = not any(
             tensor.layout != torch.strided or isinstance(tensor, FakeTensor) for tensor in live.watched
@@ -99,17 +116,31 @@ class Plan:
         """By the id of the parameter, how its gradient last lay."""
         return {self._param_ids[entry.index]: entry.grad_meta for entry in self.entries}
 
-    def read(self, optimizer: FusedOptimizer, params: list[Tensor]) -> Live:
-        """The tensors of this step. KeyError or TypeError where a state is gone or no tensor any more."""
+    def read(
+        self, optimizer: FusedOptimizer, params: Sequence[Tensor], local_grads: Sequence[Tensor | None] | None
+    ) -> Live:
+        """The tensors of this step. KeyError or TypeError where a state is gone or no tensor any more.
+
+        Args:
+            optimizer: whose they are.
+            params: all of its parameters.
+            local_grads: what this rank holds of their gradients; None where nothing is sharded.
+        """
         # In the order of `optimizer.state`: looking a parameter up would hash it, which torch does in Python.
         rows = [get(state) for get, state in zip(self._getters, optimizer.state.values(), strict=True)]
         params = list(self._pick(params))
+        grads = [param.grad for param in params] if local_grads is None else list(self._pick(local_grads))
         watched = [*params, *chain.from_iterable(rows)]
+        specs: list[Any] = []
+        if self.is_sharded:
+            watched, specs = opened(watched)
+            held = iter(watched)
+            params = list(islice(held, len(params)))
+            rows = [tuple(islice(held, len(row))) for row in rows]
         rows.append(())  # of an entry without states, at -1
-        grads = [param.grad for param in params]
-        return Live(params, grads, rows, watched, [grad for grad in grads if grad is not None])
+        return Live(params, grads, rows, watched, [grad for grad in grads if grad is not None], specs)
 
-    def gather(self, optimizer: FusedOptimizer) -> Live | None:
+    def gather(self, optimizer: FusedOptimizer, local_grads: Sequence[Tensor | None] | None) -> Live | None:
         """The tensors of this step if all of them are where and what the plan says, else None."""
         lists = list(map(_params_of, optimizer.param_groups))
         params = list(chain.from_iterable(lists))
@@ -123,8 +154,8 @@ class Plan:
         ):
             return None
         try:
-            live = self.read(optimizer, params)
-            if not self._watch.holds(live.watched):
+            live = self.read(optimizer, params, local_grads)
+            if not all(map(is_, live.specs, self._specs)) or not self._watch.holds(live.watched):
                 return None
         except (KeyError, TypeError, AttributeError, RuntimeError):
             return None  # a state is gone, no tensor any more, or without an address
@@ -139,16 +170,38 @@ class Plan:
 
     def run(self, optimizer: FusedOptimizer, live: Live, hyper: Hyper, gate: Gate) -> None:
         """Step every parameter that has a gradient, if the gate lets the step pass."""
+        device = torch.device("cpu") if self._kernels is None else self._kernels.device
         if gate.may_skip:
-            device = torch.device("cpu") if self._kernels is None else self._kernels.device
             gate.skipped_steps = settled_counter(optimizer, device)
+        if gate.needs_ranks and self._ranks:
+            gate.ranks = self._ranks
+            if self._compares_ranks and not backend.is_capturing():
+                self._compare_ranks(optimizer, live)
         if self._has_eager and gate.reads_gradients:
             eager.read_gradients(self.entries, live, gate)
         if self._kernels is not None:
             with torch.no_grad():
                 self._kernels.run(live, hyper, gate)
+        gate.ask_ranks()
         if self._has_eager:
             eager.step(optimizer, self.entries, live, hyper.rows, gate)
+        if gate.ranks is not None and not gate.decided:
+            gate.decide()  # a rank without a gradient
+        if gate.reads_gradients and gate.grad_norm is None:  # there was none to read
+            gate.grad_norm = torch.zeros((), dtype=torch.float64, device=device)
+        if self.is_sharded:  # the local tensors were written, and have counted it
+            params = all_params(optimizer)
+            stepped = [
+                params[entry.index] for entry, grad in zip(self.entries, live.grads, strict=True) if grad is not None
+            ]
+            torch.autograd.graph.increment_version(stepped)
+
+    def _compare_ranks(self, optimizer: FusedOptimizer, live: Live) -> None:
+        names = [param_name(optimizer, index) for index in range(len(self._param_ids))]
+        has_grad = [False] * len(names)
+        for entry, grad in zip(self.entries, live.grads, strict=True):
+            has_grad[entry.index] = grad is not None
+        self._ranks.check_agreement(has_grad, names)
 
     def describes_the_same(self, other: Plan) -> bool:
         """Whether two plans would step the same memory in the same way."""

@@ -127,8 +127,9 @@ class SGD(FusedOptimizer):
         super().__setstate__(state)
         for values in self.state.values():
             # torch.distributed.checkpoint asks for every key of `state`, and gives {} for what state_dict() hides.
-            if isinstance(values, dict) and not isinstance(values.get("momentum_begun"), Tensor):
-                values.pop("momentum_begun", None)
+            for name in ("momentum_begun", "momentum_buffer"):
+                if isinstance(values, dict) and isinstance(values.get(name), dict):
+                    del values[name]
 
     def state_dict(self) -> dict[str, Any]:
         """The state as torch saves it: a buffer that has not begun is left out."""

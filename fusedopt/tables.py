@@ -29,6 +29,7 @@ Array = np.ndarray[Any, Any]
 
 PREPARE_BLOCK_SIZE = 128
 SQUARES_BLOCK_SIZE = 1024
+SQUARES_CHUNK_SIZE = 16 * SQUARES_BLOCK_SIZE  # one look-up serves many elements
 # Programs that add up squares: enough for a large GPU, few for the interpreter. Fixed, so that the sums are too.
 SQUARES_PROGRAMS = {False: 1024, True: 4}
 LAUNCH_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
@@ -114,6 +115,8 @@ class Item:
     seed: int  # as a signed number
     addresses: tuple[int, ...]  # parameter, states, what keeps the parameter's lost part, the average; 0 = absent
     scalar_addresses: tuple[int, ...]  # of `number_address`; the last two count the roundings and the averagings
+    part: int = 0  # of `Ranks`
+    first: int = 0  # the place of the first element in the whole parameter, for stochastic rounding
 
 
 class Tables:
@@ -139,7 +142,9 @@ class Tables:
             *self._squares.sections,
         ]
         for signature, same in members.items():
-            rows = np.array([(item.numel, item.tensor, item.seed, *item.addresses) for item in same], dtype=np.int64)
+            rows = np.array(
+                [(item.numel, item.tensor, item.seed, item.first, *item.addresses) for item in same], dtype=np.int64
+            )
             sections += [rows.reshape(-1), chunks_of(rows[:, 0], signature.tiling[1])]
         self.static, bounds = _pack(sections)
         self._graphs: list[Any] = []  # what captured graphs read, which may neither change nor go
@@ -167,6 +172,7 @@ class Tables:
         self._n_hyper = 0
         self._known: Any = None  # what the last `read` was told
         self._dynamic: list[Tensor] = []  # and the same on the device
+        self._spare: Tensor | None = None
 
     def is_current(self) -> bool:
         """Whether the tables can be used on the current stream: on that which they were made on and owns their memory.
@@ -194,8 +200,8 @@ class Tables:
         self._dynamic = [grads, numbers.view(torch.float64), pointers, limits.view(torch.float64)]
         self._known = told
 
-    def sum_squares(self) -> Tensor:
-        """Sums of squares of the gradients, and how many elements are not finite: float64 [n, 2]."""
+    def sum_squares(self) -> list[tuple[int, Tensor]]:
+        """For each part, sums of squares of its gradients, and how many elements are not finite: float64 [n, 2]."""
         with self._on_device():
             return self._squares.launch(self._dynamic[0], self.device)
 
@@ -210,6 +216,7 @@ class Tables:
         if gate.partials and gate.grad_norm is None:
             gate.grad_norm = grad_norm
         skipped_steps = gate.take_counter()
+        gate.decided = True
         found_inf = _on(self.device, gate.found_inf, self._zero)
         grad_scale = _on(self.device, gate.grad_scale, self._one)
         with self._on_device():
@@ -276,13 +283,23 @@ class Tables:
     def _upload(self, array: Array) -> Tensor:
         """A copy on the device. The pinned source may go: torch's host allocator keeps it until it has been read."""
         host = torch.from_numpy(array)
-        capturing = backend.is_capturing()
-        if self.device.type == "cuda" and not capturing:  # while a graph is captured, no pinned memory can be had
-            host = host.pin_memory()
+        if self.device.type == "cuda":
+            host = self._pinned(len(array))
+            host.numpy()[:] = array
         copy = host.to(self.device, non_blocking=True)
-        if capturing:  # and a graph reads the source again at each replay
+        if backend.is_capturing():  # a graph reads the source again at each replay
             self._graphs.append((host, copy))
         return copy
+
+    def _pinned(self, size: int) -> Tensor:
+        """Pinned memory: a captured copy reads from no other, and PyTorch 2.10 can allocate none while it captures."""
+        if backend.is_capturing():
+            spare, self._spare = self._spare, None
+            if spare is not None and len(spare) == size:
+                return spare
+        elif self._spare is None or len(self._spare) != size:
+            self._spare = torch.empty(size, dtype=torch.int64, pin_memory=True)  # for a capture that may come
+        return torch.empty(size, dtype=torch.int64, pin_memory=True)
 
     def _on_device(self) -> AbstractContextManager[Any]:
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
@@ -292,33 +309,28 @@ class Tables:
 
 
 class Squares:
-    """The gradients of some tables as `sum_squares` reads them: by their dtype, whatever else they are."""
+    """The gradients of some tables as `sum_squares` reads them: by their part and dtype, whatever else they are."""
 
     def __init__(self, items: Sequence[Item]) -> None:
-        rows: dict[torch.dtype, list[tuple[int, int]]] = {}
+        rows: dict[tuple[int, torch.dtype], list[tuple[int, int]]] = {}
         for tensor, item in enumerate(items):
-            rows.setdefault(item.signature.grad, []).append((tensor, item.numel))
+            rows.setdefault((item.part, item.signature.grad), []).append((tensor, item.numel))
         arrays = [np.array(same, dtype=np.int64) for same in rows.values()]
-        pairs = [(same.reshape(-1), chunks_of(same[:, 1], self.chunk_size)) for same in arrays]
+        pairs = [(same.reshape(-1), chunks_of(same[:, 1], SQUARES_CHUNK_SIZE)) for same in arrays]
         self.sections = [section for pair in pairs for section in pair]
         self.tables: list[Tensor] = []  # the same on the device
-        self._dtypes = list(rows)
+        self._kinds = list(rows)
 
-    @property
-    def chunk_size(self) -> int:
-        """Elements of a chunk: some blocks, so that one look-up serves many elements."""
-        return 16 * SQUARES_BLOCK_SIZE
-
-    def launch(self, grads: Tensor, device: torch.device) -> Tensor:
-        """One launch for each dtype."""
+    def launch(self, grads: Tensor, device: torch.device) -> list[tuple[int, Tensor]]:
+        """One launch for each part and dtype; for each part, what it left."""
         from .kernels import gate as kernels
 
         programs = SQUARES_PROGRAMS[triton_interprets()]
         counts = [min(len(chunks), programs) for chunks in self.tables[1::2]]
         partials = torch.empty((sum(counts), 2), dtype=torch.float64, device=device)
         firsts = [0, *accumulate(counts)]
-        for dtype, rows, chunks, first, count in zip(
-            self._dtypes, self.tables[::2], self.tables[1::2], firsts, counts, strict=False
+        for (_, dtype), rows, chunks, first, count in zip(
+            self._kinds, self.tables[::2], self.tables[1::2], firsts, counts, strict=False
         ):
             if count:
                 launch(
@@ -329,13 +341,25 @@ class Squares:
                     chunks.view(torch.int32),
                     partials[first : first + count],
                     len(chunks),
-                    GRAD=triton_type(dtype),
-                    BLOCK_SIZE=SQUARES_BLOCK_SIZE,
-                    CHUNK_SIZE=self.chunk_size,
-                    CONTIGUITY=16 // dtype.itemsize,
+                    **squares_constants(dtype),
                     **LAUNCH_OPTIONS,
                 )
-        return partials
+        if len({part for part, _ in self._kinds}) == 1:
+            return [(self._kinds[0][0], partials)]
+        return [
+            (part, partials[first : first + count])
+            for (part, _), first, count in zip(self._kinds, firsts, counts, strict=False)
+        ]
+
+
+def squares_constants(grad: torch.dtype) -> dict[str, Any]:
+    """The compile-time arguments of `sum_squares`."""
+    return {
+        "GRAD": triton_type(grad),
+        "BLOCK_SIZE": SQUARES_BLOCK_SIZE,
+        "CHUNK_SIZE": SQUARES_CHUNK_SIZE,
+        "CONTIGUITY": 16 // grad.itemsize,
+    }
 
 
 def _on(device: torch.device, number: Any, default: Tensor) -> Tensor:

@@ -18,7 +18,8 @@ BLOCK = 512  # tensors that the processor's cache holds while they are looked at
 def meta(tensor: Tensor) -> tuple[object, ...]:
     """Everything but the address that decides how the memory of a tensor is read."""
     stride = tensor.stride() if tensor.layout == torch.strided else None
-    return tensor.dtype, tensor.device, tensor.shape, stride, tensor.layout, tensor.is_conj(), tensor.is_neg()
+    conj, neg = tensor.is_conj(), tensor.is_neg()
+    return tensor.dtype, tensor.device, tensor.shape, stride, tensor.layout, conj, neg, type(tensor)
 
 
 class Watch:

@@ -158,3 +158,12 @@ MODES = [
     Mode(BF16, {"rounding": "stochastic", "master_weights": True}),
     Mode(BF16, {"rounding": "stochastic", "kahan": True}),
 ]
+
+# The average is one stream more.
+AVERAGED = [
+    Mode(FP32, {"ema_decay": 0.999}),
+    Mode(BF16, {"ema_decay": 0.999}),
+    Mode(BF16, {"ema_decay": 0.999, "master_weights": True}),
+    Mode(BF16, {"ema_decay": 0.999, "kahan": True}),
+    Mode(BF16, {"ema_decay": 0.999, "rounding": "stochastic"}),
+]

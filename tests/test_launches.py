@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import CASES, MODES, Case
+from cases import AVERAGED, CASES, MODES, Case
 from conftest import DEVICE
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -71,7 +71,7 @@ def test_two_launches_for_every_optimizer(launches, case):
     assert kernels(launches) == ["prepare", "update"]
 
 
-@pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.id)
+@pytest.mark.parametrize("mode", [*MODES, *AVERAGED], ids=lambda mode: mode.id)
 def test_two_launches_for_every_mode(launches, mode):
     optimizer = adam(parameters(10, mode.dtype), **mode.options)
     optimizer.step()
@@ -94,9 +94,33 @@ def test_states_of_one_group_are_a_signature(launches):
     assert kernels(launches) == ["prepare", "update", "update"]
 
 
+@pytest.mark.parametrize("options", [{"max_grad_norm": 1.0}, {"skip_nonfinite": True}], ids=str)
+@pytest.mark.parametrize("count", [1, 3000])
+def test_one_more_launch_for_each_dtype_of_gradients(launches, options, count):
+    """Whatever the signatures, the groups and the number of tensors."""
+    half = parameters(count, torch.bfloat16)
+    groups = [{"params": parameters(count)}, {"params": parameters(count), "amsgrad": True}, {"params": half}]
+    optimizer = adam(groups, **options)
+    for _ in range(2):
+        optimizer.step()
+        assert kernels(launches) == ["sum_squares", "sum_squares", "prepare", "update", "update", "update"]
+
+
+@pytest.mark.parametrize(("size", "programs"), [(1, 1), (16 * 1024, 1), (16 * 1024 + 1, 2), (10**6, 4)])
+def test_squares_are_summed_by_so_many_programs(launches, monkeypatch, size, programs):
+    """A number that does not depend on the device, and of which each leaves one sum."""
+    monkeypatch.setattr(fusedopt.tables, "SQUARES_PROGRAMS", {True: 4, False: 4})
+    param = torch.nn.Parameter(torch.ones(size, device=DEVICE))
+    set_grads([param])
+    adam([param], max_grad_norm=1.0).step()
+    name, launched, tables = launches[0]
+    assert (name, launched) == ("sum_squares", programs)
+    assert tables[-1].shape == (programs, 2)
+
+
 def test_nothing_is_launched_without_gradients(launches):
     params = parameters(5)
-    optimizer = adam(params)
+    optimizer = adam(params, max_grad_norm=1.0)
     optimizer.step()
     kernels(launches)
     optimizer.zero_grad()
@@ -119,9 +143,19 @@ def test_missing_gradients_rebuild_nothing(launches):
         assert optimizer._plan is plan
 
 
-@pytest.mark.parametrize("numbers", [{"lr": 0.5}, {"betas": (0.5, 0.6)}, {"weight_decay": 0.5}, {"maximize": True}])
+NUMBERS = [
+    {"lr": 0.5},
+    {"betas": (0.5, 0.6)},
+    {"weight_decay": 0.5},
+    {"maximize": True},
+    {"max_grad_norm": 2.0},
+    {"ema_decay": 0.5},
+]
+
+
+@pytest.mark.parametrize("numbers", NUMBERS, ids=str)
 def test_new_numbers_rebuild_nothing(launches, numbers):
-    optimizer = adam(parameters(5))
+    optimizer = adam(parameters(5), max_grad_norm=1.0, ema_decay=0.9)
     optimizer.step()
     plan = optimizer._plan
     static = [tables[0].data_ptr() for _, _, tables in launches]
@@ -130,7 +164,7 @@ def test_new_numbers_rebuild_nothing(launches, numbers):
     optimizer.step()
     assert optimizer._plan is plan
     assert [tables[0].data_ptr() for _, _, tables in launches] == static
-    assert kernels(launches) == ["prepare", "update"]
+    assert kernels(launches) == ["sum_squares", "prepare", "update"]
 
 
 def test_ordinary_training_keeps_the_plan(launches):
@@ -199,7 +233,7 @@ WAITING = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_sele
 
 STEADY = [
     *((case, torch.float32, {}) for case in CASES),
-    *((Case("Adam"), mode.dtype, mode.options) for mode in MODES),
+    *((Case("Adam"), mode.dtype, mode.options) for mode in [*MODES, *AVERAGED]),
 ]
 
 
@@ -220,6 +254,34 @@ def test_steady_step_waits_for_nothing(launches, case, dtype, options):
     assert not operations.names & WAITING
     assert optimizer._plan is not None
     assert kernels(launches) == 4 * ["prepare", "update"]
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0, "skip_nonfinite": True, "ema_decay": 0.9}], ids=str)
+def test_grad_scaler_waits_for_nothing(launches, name, options):
+    """But GradScaler's own pass over the gradients, nothing comes between it and the launches."""
+    params = parameters(20) + parameters(20, torch.bfloat16)
+    momentum = {"momentum": 0.9} if name == "SGD" else {}
+    optimizer = getattr(fusedopt, name)(params, backend="triton", **momentum, **options)
+    scaler = torch.amp.GradScaler(DEVICE)
+    scaler.scale(torch.ones((), device=DEVICE))
+    operations, take_step = Operations(), optimizer.step
+
+    def watched():
+        with operations:
+            take_step()
+
+    for step in range(4):
+        set_grads(params)
+        params[step].grad = params[step].grad if step == 0 else None
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.step = watched  # from the second step on: the first makes the states and the tables
+    if DEVICE != "cpu":
+        operations.names.discard("_to_copy")
+    assert not operations.names & WAITING
+    squares = ["sum_squares", "sum_squares"] if options else []
+    assert kernels(launches) == 4 * [*squares, "prepare", "update", "update"]
 
 
 def test_waiting_would_be_noticed():

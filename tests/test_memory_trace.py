@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
-from cases import CASES, MODES, Case
+from cases import AVERAGED, CASES, MODES, Case
 
 import fusedopt.tables
 
@@ -39,14 +39,14 @@ class Accesses:
         order = np.argsort(addresses)
         self.addresses, self.widths = addresses[order], widths[order]
 
-    def take(self, tensor):
-        """Remove what went to a dense tensor; whether that was each of its elements once, no byte more."""
+    def take(self, tensor, times=1):
+        """Remove what went to a dense tensor; whether that was each of its elements so often, no byte more."""
         first, size = tensor.data_ptr(), tensor.element_size()
         inside = slice(*np.searchsorted(self.addresses, [first, first + tensor.nbytes]))
-        each_once = np.array_equal(self.addresses[inside], np.arange(first, first + tensor.nbytes, size))
-        each_once &= bool((self.widths[inside] == size).all())
+        each = np.arange(first, first + tensor.nbytes, size).repeat(times)
+        as_often = np.array_equal(self.addresses[inside], each) and bool((self.widths[inside] == size).all())
         self.addresses, self.widths = np.delete(self.addresses, inside), np.delete(self.widths, inside)
-        return each_once
+        return as_often
 
 
 @dataclass
@@ -140,17 +140,36 @@ def test_every_byte_once(traced_step, case, dtypes):
     check_every_byte(traced_step, *stepped_once(case, param_dtype, grad_dtype, **other_dtype))
 
 
-@pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.id)
+@pytest.mark.parametrize("mode", [*MODES, *AVERAGED], ids=lambda mode: mode.id)
 def test_every_byte_once_in_every_mode(traced_step, mode):
     check_every_byte(traced_step, *stepped_once(Case("AdamW"), mode.dtype, mode.dtype, **mode.options))
 
 
-def check_every_byte(traced_step, optimizer, params):
+@pytest.mark.parametrize("options", [{"max_grad_norm": 1.0}, {"skip_nonfinite": True}], ids=str)
+def test_gradients_twice_where_they_decide(traced_step, options):
+    check_every_byte(traced_step, *stepped_once(Case("AdamW"), torch.float32, torch.bfloat16, **options), grads=2)
+
+
+def test_a_skipped_step_reads_gradients_only(traced_step):
+    optimizer, params = stepped_once(Case("AdamW"), torch.float32, torch.float32, skip_nonfinite=True, ema_decay=0.9)
+    params[0].grad[-1] = float("nan")
+    trace = traced_step(optimizer)
+    assert all(trace.loads.take(param.grad) for param in params)
+    for tensor in [*params, *states_of(optimizer)]:
+        for accesses in (trace.loads, trace.stores):
+            before = accesses.addresses.size
+            accesses.take(tensor)
+            assert accesses.addresses.size == before
+
+
+def check_every_byte(traced_step, optimizer, params, grads=1):
+    """Each stream is read once and written once, but the gradients, which are read `grads` times."""
     written = [*params, *states_of(optimizer)]
     trace = traced_step(optimizer)
 
     total = trace.loads.widths.sum() + trace.stores.widths.sum()
-    assert all(trace.loads.take(tensor) for tensor in [*written, *(param.grad for param in params)])
+    assert all(trace.loads.take(tensor) for tensor in written)
+    assert all(trace.loads.take(param.grad, times=grads) for param in params)
     assert all(trace.stores.take(tensor) for tensor in written)
     tables = trace.loads.widths.sum() + trace.stores.widths.sum()
     for table in trace.tables:

@@ -205,7 +205,7 @@ def test_philox_gives_the_known_answers(counter, key, expected):
 @triton.jit
 def write_random_bits(target_ptr, seed: tl.int64, tensor, step, stream, first: tl.int64, BLOCK_SIZE: tl.constexpr):
     lanes = tl.arange(0, BLOCK_SIZE)
-    bits = kernels.random_bits((seed, tensor, step), stream, first, lanes)
+    bits = kernels.random_bits((seed, tensor, step, 8), stream, first - 8, lanes)
     tl.store(target_ptr + first + lanes, bits.to(tl.int32))
 
 
