@@ -27,7 +27,8 @@ READING = """Times are medians (lowest–90th percentile) by turns, of the devic
 returns. "waits": the step itself waits for the device or keeps it waiting, so its time is the host's too. Bytes for an
 element are what one pass over parameters, gradients and states moves; torch's foreach optimizers make several. Share:
 of the bandwidth of a device-to-device copy of as many bytes, in the same run. Memory: what a step takes at its peak
-beside what it has. "÷ n": every tensor has an n-th of its elements, to fit."""
+beside what it has. "÷ n": every tensor has an n-th of its elements, to fit. On a CPU one thread does all, and the times
+are its CPU time."""
 
 
 def markdown(result: dict[str, Any]) -> str:
