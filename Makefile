@@ -1,10 +1,11 @@
-# `make demo` and `make test` work in a fresh clone: they make .venv and install everything into it.
+# `make demo`, `make test` and `make bench` work in a fresh clone: they make .venv and install everything into it.
+# `make gpu` runs with the Python that is there (PYTHON=...), for machines that can install nothing.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench gpu clean
 
 $(VENV)/%.done: pyproject.toml setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -15,7 +16,13 @@ demo: $(VENV)/demo.done
 	$(BIN)/python -m bench.demo
 
 test: $(VENV)/test.done
-	$(BIN)/python -m pytest -n auto --durations 10
+	$(BIN)/python -m pytest -n auto --dist loadgroup --durations 10
+
+bench: $(VENV)/bench.done
+	$(BIN)/python -m bench
+
+gpu:
+	$(PYTHON) -m bench --gpu-tests --budget 360
 
 lint: $(VENV)/lint.done
 	$(BIN)/ruff format --check .

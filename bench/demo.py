@@ -6,15 +6,13 @@ Both sides get the same weights and the same batches, so all that may differ is 
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import sys
 import time
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import NoReturn, TypeAlias
+from typing import TypeAlias
 
 import torch
 from matplotlib.figure import Figure
@@ -28,7 +26,8 @@ from torch.nn.utils import parameters_to_vector
 from tqdm import tqdm
 
 import fusedopt
-from fusedopt.backend import triton_is_installed
+
+from .common import Parser, default_device, device_name, triton_version, usable_device, writable_file
 
 Data: TypeAlias = tuple[Tensor, Tensor]  # images, labels
 Pairs: TypeAlias = "dict[str, tuple[Run, Run]]"  # for every optimizer fusedopt's run and torch's
@@ -192,40 +191,12 @@ def note(pairs: Pairs, epochs: int) -> str:
     return text + "With so small a network the times are those of starting a step, not of the pass over memory."
 
 
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Say in one line what is wrong, without the usage."""
-        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
-
-
-def usable_device(text: str) -> torch.device:
-    try:
-        device = torch.device(text)
-        torch.ones(1, device=device).item()
-    except Exception as error:  # each kind of device fails in its own way
-        reason = str(error).strip().partition("\n")[0]
-        raise argparse.ArgumentTypeError(f"cannot use device {text!r}: {reason}") from None
-    return device
-
-
-def writable_file(text: str) -> Path:
-    path = Path(text)
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise argparse.ArgumentTypeError(f"cannot write {text!r}")
-    return path
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(prog="python -m bench.demo", description=__doc__)
-    default_device = "cuda" if torch.cuda.is_available() else "cpu"
     add = parser.add_argument
     add("--epochs", type=int, default=20, metavar="N", help="passes over the training set (default: %(default)s)")
     add("--out", type=writable_file, default="demo.png", metavar="PNG", help="the figure (default: %(default)s)")
-    add("--device", type=usable_device, default=default_device, help="where to train (default here: %(default)s)")
+    add("--device", type=usable_device, default=default_device(), help="where to train (default here: %(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="of weights, split and batches (default: %(default)s)")
     options = parser.parse_args()
     if options.epochs < 1:
@@ -240,8 +211,7 @@ def main() -> int:
     options = parse_arguments()
     # Layers this small gain nothing from more threads, which lose much where other programs keep the cores busy.
     torch.set_num_threads(1)
-    triton = import_module("triton").__version__ if triton_is_installed() else "not installed"
-    print(f"Device: {device_name(options.device)}, torch {torch.__version__}, Triton {triton}", flush=True)
+    print(f"Device: {device_name(options.device)}, torch {torch.__version__}, Triton {triton_version()}", flush=True)
     pairs = train_all(options)
     print(f"\n{table(pairs)}\n\n{note(pairs, options.epochs)}")
     draw(pairs, options.out)

@@ -28,18 +28,8 @@ from tqdm import tqdm
 
 import fusedopt
 
-from .demo import (
-    BATCH_SIZE,
-    Data,
-    Parser,
-    backend_of,
-    device_name,
-    evaluate,
-    load_data,
-    make_network,
-    usable_device,
-    writable_file,
-)
+from .common import Parser, default_device, device_name, usable_device, writable_file
+from .demo import BATCH_SIZE, Data, backend_of, evaluate, load_data, make_network
 
 OPTIMIZERS: dict[str, dict[str, float]] = {
     "AdamW": {"lr": 2e-4},
@@ -228,14 +218,13 @@ def record(rows: list[Row], backend: str, options: argparse.Namespace) -> dict[s
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(prog="python -m bench.low_precision", description=__doc__)
-    default_device = "cuda" if torch.cuda.is_available() else "cpu"
     add = parser.add_argument
     add("--optimizer", choices=OPTIMIZERS, default="AdamW", help="of fusedopt (default: %(default)s)")
     add("--epochs", type=int, default=40, metavar="N", help="passes over the training set (default: %(default)s)")
     add("--seeds", type=int, default=3, metavar="N", help="how often to train each (default: %(default)s)")
     out_help = "the figure; the numbers go beside it, into a .json (default: %(default)s)"
     add("--out", type=writable_file, default="low-precision.png", metavar="PNG", help=out_help)
-    add("--device", type=usable_device, default=default_device, help="where to train (default here: %(default)s)")
+    add("--device", type=usable_device, default=default_device(), help="where to train (default here: %(default)s)")
     options = parser.parse_args()
     for name in ("epochs", "seeds"):
         if getattr(options, name) < 1:

@@ -5,6 +5,7 @@ from .adagrad import Adagrad
 from .adam import Adam, AdamW
 from .adamax import Adamax
 from .asgd import ASGD
+from .backward import step_in_backward
 from .lion import Lion
 from .nadam import NAdam
 from .optimizer import FusedOptimizer
@@ -28,6 +29,7 @@ __all__ = [
     "RAdam",
     "RMSprop",
     "Rprop",
+    "step_in_backward",
     "warmup",
 ]
 __version__ = "0.1.0"

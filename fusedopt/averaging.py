@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 EMA = "ema"
 EMA_STEP = "ema_step"  # how often the average has been updated: the first time it becomes the weights themselves
+_SWAPPED: set[int] = set()  # ids of the states of optimizers that are within `swapped`
 
 
 def ema_dtype(param: torch.dtype) -> torch.dtype:
@@ -31,9 +32,16 @@ def new_ema(param: Tensor) -> Tensor:
     return param.detach().to(ema_dtype(param.dtype), copy=True)
 
 
+def check_not_swapped(optimizer: FusedOptimizer, what: str) -> None:
+    """Raise within `swapped`, also where that was entered through a wrapper, which shares its optimizer's state."""
+    if id(optimizer.state) in _SWAPPED:
+        raise RuntimeError(f"{what} within swap_ema: the parameters have the values of their averages there")
+
+
 @contextmanager
 def swapped(optimizer: FusedOptimizer) -> Iterator[None]:
     """Give every parameter the value of its average, and in the end its own back, bit for bit."""
+    check_not_swapped(optimizer, "swap_ema")
     groups = [group for group in optimizer.param_groups if option(group, "ema_decay") is not None]
     if not groups:
         raise RuntimeError("swap_ema needs averages: give the optimizer an ema_decay")
@@ -43,6 +51,8 @@ def swapped(optimizer: FusedOptimizer) -> Iterator[None]:
             ema = optimizer.state.get(param, {}).get(EMA)
             if ema is not None:
                 swaps.enter_context(_exchanged(param, ema))
+        _SWAPPED.add(key := id(optimizer.state))
+        swaps.callback(_SWAPPED.discard, key)
         yield
 
 

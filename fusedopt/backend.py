@@ -1,5 +1,6 @@
 """Which parameters the kernels step, and why not."""
 
+import os
 from functools import cache
 from typing import Any
 
@@ -7,7 +8,9 @@ import torch
 from torch import Tensor
 
 from .layout import real_dtype
+from .sharding import local
 
+DEBUG = os.environ.get("FUSEDOPT_DEBUG", "0") not in ("", "0")
 BACKENDS = ("auto", "triton", "eager")
 KERNEL_DTYPES = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 
@@ -23,8 +26,9 @@ def why_no_kernels(param: Tensor, *, interpreted: bool = False) -> str | None:
     """The reason why the kernels cannot step a parameter, None if they can.
 
     Tensors on the CPU are within reach only of the interpreter, which is slow and never chosen by itself:
-    `interpreted` says that it was asked for.
+    `interpreted` says that it was asked for. Of a DTensor the kernels step what this rank holds.
     """
+    param = local(param)
     on_cpu = param.device.type == "cpu"
     if on_cpu and not interpreted:
         return "it is on the CPU"

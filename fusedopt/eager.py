@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 def read_gradients(entries: Sequence[Entry], live: Live, gate: Gate) -> None:
     """Tell the gate what the gradients of this backend are like."""
     grads = zip(entries, live.grads, strict=True)
-    gate.add([(entry.name, grad) for entry, grad in grads if grad is not None and not entry.kernels])
+    gate.add_grads([(entry.name, entry.part, grad) for entry, grad in grads if grad is not None and not entry.kernels])
 
 
 def step(
     optimizer: FusedOptimizer,
     entries: Sequence[Entry],
     live: Live,
-    hyper: Sequence[tuple[Number, ...]],
+    hyper: Sequence[Sequence[Number]],
     gate: Gate,
 ) -> None:
     """Step every parameter that has a gradient and is not the kernels'."""
@@ -44,9 +44,10 @@ def step(
     group = -1
     scalars: Scalars = ()
     with torch.inference_mode():  # a sixth less for every operation than no_grad, and nothing made here is kept
-        for entry, param, grad, row in zip(entries, live.params, live.grads, live.rows, strict=True):
+        for entry, param, grad in zip(entries, live.params, live.grads, strict=True):
             if grad is None or entry.kernels:
                 continue
+            row = live.rows[entry.row]
             if entry.scalar_names:
                 scalars = advance(entry, row)
             elif entry.group != group:
@@ -62,9 +63,9 @@ def step(
 class _Scalars:
     """The scalars of one step, computed once for all parameters of a group that have made as many steps."""
 
-    def __init__(self, optimizer: FusedOptimizer, hyper: Sequence[tuple[Number, ...]]) -> None:
+    def __init__(self, optimizer: FusedOptimizer, hyper: Sequence[Sequence[Number]]) -> None:
         self._optimizer = optimizer
-        self._hyper = [tuple(map(float, row[:-1])) for row in hyper]
+        self._rows = hyper
         self._computed: dict[tuple[int, tuple[float, ...]], tuple[Scalars, Scalars]] = {}
         self._without: dict[int, Scalars] = {}
 
@@ -73,18 +74,21 @@ class _Scalars:
         values = tuple([row[slot].item() if slot >= 0 else 1.0 for slot in entry.scalar_slots])
         key = entry.group, values
         if key not in self._computed:
-            self._computed[key] = self._optimizer.scalars(self._hyper[entry.group], values)
+            self._computed[key] = self._optimizer.scalars(self._hyper(entry.group), values)
         scalars, advanced = self._computed[key]
         for slot, old, new in zip(entry.scalar_slots, values, advanced, strict=True):
             if slot >= 0 and new != old:
                 row[slot].fill_(new)
         return scalars
 
+    def _hyper(self, group: int) -> Scalars:
+        return tuple(map(float, self._rows[group][:-1]))
+
     def without_states(self, group: int) -> Scalars:
         """The scalars where the options call for no scalar state."""
         if group not in self._without:
             ones = (1.0,) * len(self._optimizer.scalar_states)
-            self._without[group] = self._optimizer.scalars(self._hyper[group], ones)[0]
+            self._without[group] = self._optimizer.scalars(self._hyper(group), ones)[0]
         return self._without[group]
 
 
@@ -144,7 +148,7 @@ class _Rounding:
     """Rounds the values of one parameter and step at random, if its group asks for that."""
 
     def __init__(self, entry: Entry, param: Tensor, named: Mapping[str, Tensor]) -> None:
-        self._seed, self._tensor = entry.seed, entry.index
+        self._seed, self._tensor, self._first = entry.seed, entry.tensor, entry.first
         if entry.seed is None:
             return
         self._step = int(named[ROUNDING_STEP].add_(1))
@@ -152,12 +156,14 @@ class _Rounding:
         self._stride = layout.dense_stride(param)
         if param.is_complex():
             self._stride = (*(2 * stride for stride in self._stride), 1)
+            self._first *= 2
 
     def __call__(self, value: Tensor, dtype: torch.dtype, stream: int) -> Tensor:
         """The value as `dtype` can hold it, where that has 16 bits."""
         if self._seed is None or dtype.itemsize != 2:
             return value
-        random = rounding.random_bits(self._seed, self._tensor, self._step, stream, value.numel(), value.device)
+        counter = self._seed, self._tensor, self._step, stream
+        random = rounding.random_bits(*counter, value.numel(), value.device, self._first)
         return rounding.stochastic(value.float(), dtype, random.as_strided(value.shape, self._stride))
 
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import backend, layout, precision
+from . import backend, layout, precision, sharding
 from .averaging import EMA, EMA_STEP, ema_dtype
 from .backend import use_kernels, why_no_kernels
-from .hyper import is_number
+from .hyper import is_number, tuple_getter
 from .options import option
 from .precision import ROUNDING_STEP
 from .watch import meta
@@ -29,6 +29,7 @@ class Entry:
     """One parameter of a plan. Holds no tensor: a strong reference would defeat offloading and `swap_tensors`."""
 
     index: int  # among the parameters of all groups
+    tensor: int  # the same for random numbers: that of the whole optimizer, where this is a part of one
     group: int
     name: str
     kernels: bool
@@ -40,6 +41,9 @@ class Entry:
     scalar_slots: tuple[int, ...]  # where in a row each of the optimizer's scalar states is, -1 = left out
     pick_states: Callable[[Row], Sequence[Tensor | None]] = field(compare=False)  # from a row, None for absent ones
     grad_meta: tuple[Any, ...] | None
+    part: int = 0  # of `Ranks`: how the parameter is split
+    first: int = 0  # how many elements of a sharded parameter come before those of this rank
+    row: int = -1  # of its states among those of the optimizer
     plain: bool = False
 
     @property
@@ -51,23 +55,13 @@ class Entry:
     def grad_lies_as(self, param_stride: tuple[int, ...]) -> bool:
         """Whether the kernels can read the gradient beside a parameter of these strides."""
         assert self.grad_meta is not None
-        _, _, shape, stride, _, is_conj, is_neg = self.grad_meta
+        _, _, shape, stride, _, is_conj, is_neg, _ = self.grad_meta
         return not (is_conj or is_neg) and layout.same_order(shape, stride, param_stride)
 
     @property
     def names(self) -> tuple[str, ...]:
         """The keys of the parameter's state that the step reads, in the order of a gathered row."""
         return self.scalar_names + self.state_names
-
-
-def tuple_getter(keys: Sequence[Any]) -> Callable[[Any], tuple[Any, ...]]:
-    """An itemgetter that returns a tuple for any number of keys."""
-    if len(keys) > 1:
-        return itemgetter(*keys)
-    if len(keys) == 1:
-        (key,) = keys
-        return lambda items: (items[key],)
-    return lambda items: ()
 
 
 def _state_picker(
@@ -82,8 +76,32 @@ def _state_picker(
     return lambda row: pick((*row, None))
 
 
-def entries_of(optimizer: FusedOptimizer, known: dict[int, tuple[Any, ...] | None]) -> list[Entry]:
-    """Every parameter of an optimizer; `known` says by the id of a parameter how its gradient last lay."""
+def param_name(optimizer: FusedOptimizer, index: int) -> str:
+    """What messages call a parameter, by its place among the parameters of all groups."""
+    for group_index, group in enumerate(optimizer.param_groups):
+        if index < len(group["params"]):
+            return _name(optimizer, group_index, index)
+        index -= len(group["params"])
+    raise IndexError(index)
+
+
+def _name(optimizer: FusedOptimizer, group_index: int, position: int) -> str:
+    first_group, first_position, _ = optimizer._origin
+    name = f"parameter {first_position + position} of group {first_group + group_index}"
+    names = optimizer.param_groups[group_index].get("param_names", ())
+    return f"{name} ({names[position]!r})" if position < len(names) else name
+
+
+def entries_of(
+    optimizer: FusedOptimizer, grads: Sequence[Tensor | None], known: dict[int, tuple[Any, ...] | None]
+) -> list[Entry]:
+    """Every parameter of an optimizer.
+
+    Args:
+        optimizer: the optimizer.
+        grads: what this rank holds of each gradient.
+        known: by the id of a parameter, how its gradient last lay.
+    """
     entries: list[Entry] = []
     index = 0
     for group_index, group in enumerate(optimizer.param_groups):
@@ -100,12 +118,10 @@ def entries_of(optimizer: FusedOptimizer, known: dict[int, tuple[Any, ...] | Non
         state_names = tuple(name for name in optimizer.states if optimizer.uses(name, group))
         pick_states = _state_picker(optimizer.states, state_names, len(scalar_names))
         for position, param in enumerate(group["params"]):
-            name = f"parameter {position} of group {group_index}"
-            if "param_names" in group and position < len(group["param_names"]):
-                name += f" ({group['param_names'][position]!r})"
+            name = _name(optimizer, group_index, position)
             if not isinstance(param, Tensor):
                 raise TypeError(f"{name} must be a Tensor, but it is {torch.typename(param)}")
-            grad = param.grad
+            grad = grads[index]
             grad_meta = meta(grad) if grad is not None else known.get(id(param))
             if grad is None and grad_meta is not None and grad_meta[4] != torch.strided:
                 grad_meta = None  # a sparse gradient says nothing about the next one
@@ -114,6 +130,7 @@ def entries_of(optimizer: FusedOptimizer, known: dict[int, tuple[Any, ...] | Non
             entries.append(
                 Entry(
                     index=index,
+                    tensor=optimizer._origin[2] + index,
                     group=group_index,
                     name=name,
                     kernels=kernels,
@@ -125,17 +142,18 @@ def entries_of(optimizer: FusedOptimizer, known: dict[int, tuple[Any, ...] | Non
                     scalar_slots=scalar_slots,
                     pick_states=pick_states,
                     grad_meta=grad_meta,
+                    first=0 if seed is None else sharding.first_element(param),
                 )
             )
             index += 1
     return entries
 
 
-def check(optimizer: FusedOptimizer, entry: Entry, param: Tensor) -> None:
+def check(optimizer: FusedOptimizer, entry: Entry, param: Tensor, grad: Tensor) -> None:
     """Raise for anything that the step could not do, before it does anything."""
-    grad = param.grad
-    assert grad is not None
-    name = entry.name
+    name, whole = entry.name, param
+    param = sharding.local(param)
+    sharding.check_placements(whole, name)
     if grad.layout != torch.strided:
         optimizer.check_sparse(optimizer.param_groups[entry.group], name)
         if entry.seed is not None:
@@ -158,7 +176,7 @@ def check(optimizer: FusedOptimizer, entry: Entry, param: Tensor) -> None:
             raise RuntimeError(f"backend='triton' cannot step {name}: {why}")
         if param.numel() and not (param.data_ptr() and grad.data_ptr()):
             raise RuntimeError(f"{name} or its gradient has no memory that a kernel can reach")
-    _check_states(optimizer, entry, param)
+    _check_states(optimizer, entry, whole)
 
 
 def _check_states(optimizer: FusedOptimizer, entry: Entry, param: Tensor) -> None:
@@ -174,6 +192,11 @@ def _check_states(optimizer: FusedOptimizer, entry: Entry, param: Tensor) -> Non
             raise TypeError(f"state {state_name!r} of {name} must be a Tensor, but it is {torch.typename(value)}")
         if value.is_meta and not param.is_meta:
             raise RuntimeError(f"state {state_name!r} of {name} is on the meta device: it has no values")
+        if not sharding.lies_as(value, param):
+            raise RuntimeError(
+                f"state {state_name!r} of {name} is {sharding.place(value)}, but the parameter is "
+                f"{sharding.place(param)}: load sharded states with torch.distributed.checkpoint"
+            )
         fits = value.is_complex() if param.is_complex() else value.is_floating_point()
         if value.shape != param.shape or not fits:
             raise RuntimeError(
@@ -189,15 +212,16 @@ def _check_states(optimizer: FusedOptimizer, entry: Entry, param: Tensor) -> Non
 def is_ready(optimizer: FusedOptimizer, entry: Entry, param: Tensor) -> bool:
     """Whether a parameter without a gradient, but with one before, can have its place in the plan as it is."""
     state = optimizer.state.get(param, {})
-    if entry.grad_meta is None or entry.grad_meta[1:3] != (param.device, param.shape) or layout.overlaps_itself(param):
+    held = sharding.local(param)
+    if entry.grad_meta is None or entry.grad_meta[1:3] != (held.device, held.shape) or layout.overlaps_itself(held):
         return False
     states = [state.get(name) for name in entry.names]
     return all(isinstance(value, Tensor) for value in states) and all(
-        state[name].shape == param.shape for name in entry.state_names
+        state[name].shape == param.shape and sharding.lies_as(state[name], param) for name in entry.state_names
     )
 
 
-def settle_states(optimizer: FusedOptimizer, entry: Entry, param: Tensor) -> None:
+def settle_states(optimizer: FusedOptimizer, entry: Entry, param: Tensor, grad: Tensor | None) -> None:
     """Create the states that are missing, and bring the others where the backend reads them."""
     if not entry.names:
         return
@@ -216,8 +240,12 @@ def settle_states(optimizer: FusedOptimizer, entry: Entry, param: Tensor) -> Non
         state[entry.kept] = state[entry.kept].to(precision.kept_dtype(entry.kept, param.dtype))
     if entry.averaged:
         state[EMA] = state[EMA].to(ema_dtype(param.dtype))
+    held_param = sharding.local(param)
     for name in entry.state_names:
-        state[name] = _settled_state(state[name], param, entry.kernels)
+        held = sharding.local(state[name])
+        settled = _settled_state(held, held_param, grad, entry.kernels)
+        if settled is not held:
+            state[name] = sharding.like(settled, param) if sharding.is_sharded(param) else settled
 
 
 def _settled_scalar(value: Any, param: Tensor, kernels: bool) -> Tensor:
@@ -230,8 +258,7 @@ def _settled_scalar(value: Any, param: Tensor, kernels: bool) -> Tensor:
     return value.detach().reshape(()).to(device=device, dtype=layout.scalar_dtype())
 
 
-def _settled_state(value: Tensor, param: Tensor, kernels: bool) -> Tensor:
-    grad = param.grad
+def _settled_state(value: Tensor, param: Tensor, grad: Tensor | None, kernels: bool) -> Tensor:
     if value.layout != torch.strided:
         return value.to_dense() if grad is not None and grad.layout == torch.strided else value
     if kernels:

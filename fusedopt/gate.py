@@ -15,6 +15,7 @@ from .options import option
 if TYPE_CHECKING:
     from .hyper import Hyper
     from .optimizer import FusedOptimizer
+    from .ranks import Ranks
 
 SKIPPED_STEPS = "skipped_steps"  # a key of the first param group, which torch.distributed.checkpoint saves
 
@@ -33,12 +34,16 @@ class Gate:
 
     def __init__(self, optimizer: FusedOptimizer, hyper: Hyper) -> None:
         # GradScaler sets them before the step, `grad_scale` to None after `unscale_`, and deletes them afterwards.
-        self.grad_scale: Tensor | None = getattr(optimizer, "grad_scale", None)
-        self.found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
+        self.grad_scale: Tensor | None = vars(optimizer).get("grad_scale")
+        self.found_inf: Tensor | None = vars(optimizer).get("found_inf")
         self.max_grad_norm = None if hyper.max_grad_norm is None else float(hyper.max_grad_norm)
         self.skip_nonfinite = hyper.skip_nonfinite
         self.skipped_steps: Tensor | None = None  # counts, on the device of the first of those who decide
+        self.ranks: Ranks | None = None  # of the mesh on which parameters are sharded
         self.partials: list[Tensor] = []  # float64 [n, 2]: sums of squares, and how many elements were not finite
+        self._of_shards: list[tuple[int, Tensor]] = []  # the same, with the part that `ranks` are to add up
+        self._asked = False
+        self.decided = False
         self.grad_norm: Tensor | None = None  # float64, once it is known
 
     @property
@@ -56,21 +61,47 @@ class Gate:
         """Whether the step is taken, with the gradients as they are."""
         return self.grad_scale is None and self.found_inf is None and not self.reads_gradients
 
+    @property
+    def needs_ranks(self) -> bool:
+        """Whether the ranks that share a model must agree on something."""
+        return self.reads_gradients or self.found_inf is not None
+
     def numbers(self) -> tuple[float, float]:
         """What the kernels know of the options."""
         return -1.0 if self.max_grad_norm is None else self.max_grad_norm, float(self.skip_nonfinite)
 
-    def add(self, grads: Iterable[tuple[str, Tensor]]) -> None:
-        """Add gradients that no kernel reads, each with the name of its parameter."""
-        by_device: dict[torch.device, list[Tensor]] = {}
-        for name, grad in grads:
+    def add(self, partials: Tensor, part: int = 0) -> None:
+        """Add sums of squares, and how many elements were not finite, of gradients of one part of `Ranks`."""
+        if self.ranks is None:
+            self.partials.append(partials)
+        else:
+            self._of_shards.append((part, partials))
+
+    @torch.no_grad()
+    def add_grads(self, grads: Iterable[tuple[str, int, Tensor]]) -> None:
+        """Add gradients that no kernel reads, each with the name and the part of its parameter."""
+        found: dict[tuple[int, torch.device], list[Tensor]] = {}
+        for name, part, grad in grads:
             if type(grad).__torch_dispatch__ is not Tensor.__torch_dispatch__:
                 raise RuntimeError(
                     f"max_grad_norm and skip_nonfinite do not know the whole gradient of {name}: "
                     f"it is a {type(grad).__name__}"
                 )
-            by_device.setdefault(grad.device, []).append(_squares(grad))
-        self.partials += [torch.stack(squares) for squares in by_device.values()]
+            found.setdefault((part, grad.device), []).append(_squares(grad))
+        for (part, _), squares in found.items():
+            self.add(torch.stack(squares), part)
+
+    @torch.no_grad()
+    def ask_ranks(self) -> None:
+        """Learn from the other ranks what they know, once."""
+        if self.ranks is None or self._asked:
+            return
+        self._asked = True
+        of_all, found_inf = self.ranks.add_up(self._of_shards, self.found_inf)
+        if self.reads_gradients:
+            self.partials = [*(partials for part, partials in self._of_shards if part == 0), of_all]
+        if self.found_inf is not None:
+            self.found_inf = found_inf
 
     def partials_on(self, device: torch.device) -> Tensor:
         """The sums of all devices."""
@@ -83,8 +114,10 @@ class Gate:
         counter, self.skipped_steps = self.skipped_steps, None
         return counter
 
+    @torch.no_grad()
     def decide(self) -> tuple[bool, float]:
         """(whether the step is skipped, what the gradients are multiplied by), on the host, which waits for them."""
+        self.decided = True
         scale = 1.0 if self.grad_scale is None else float(self.grad_scale)
         skip = self.found_inf is not None and float(self.found_inf) != 0
         factor = 1 / scale if scale else math.inf

@@ -1,7 +1,7 @@
 """The hyperparameters of every group as float64 numbers, re-read at each step."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import chain
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate, chain
 from operator import is_, itemgetter
 from typing import Any
 
@@ -12,8 +12,6 @@ from .options import check_group, option
 
 Group = dict[str, Any]
 Number = float | Tensor
-
-_ABSENT = object()
 
 
 class Hyper:
@@ -29,14 +27,17 @@ class Hyper:
         self, names: Sequence[str], options: Sequence[str], defaults: Mapping[str, Any], optional: Mapping[str, Any]
     ) -> None:
         self._defaults = {name: optional[name] if name in optional else defaults[name] for name in names}
-        self._places = {name: places_of(value) for name, value in self._defaults.items()}
-        self._read = _getter(tuple(name for name in (*names, *options) if name not in optional))
+        self._required = tuple(name for name in (*names, *options) if name not in optional)
         self._optional = tuple(optional)
-        self._has_no_optional = frozenset(optional).isdisjoint
-        self._values: list[Any] = []
-        self._optional_values: list[Any] | None = None
-        self._volatile = True
-        self.rows: list[tuple[Number, ...]] = []
+        ends = accumulate(map(count_numbers, zip(self._defaults.values(), strict=True)))
+        self._ends = dict(zip(self._defaults, ends, strict=True))  # of each name's place in a row
+        self._keys: list[str] = []
+        self._sizes: list[int] = []
+        self._names: list[tuple[str, ...]] = []  # the keys of each group that matter
+        self._getters: list[Callable[[Group], tuple[Any, ...]]] = []
+        self._values: list[tuple[Any, ...]] = []
+        self._volatile = False  # whether a value may change within itself
+        self.rows: list[list[Number]] = []
         self.max_grad_norm: float | None = None
         self.skip_nonfinite = False
         self.version = 0  # grows when a number may have changed
@@ -46,39 +47,75 @@ class Hyper:
         """How many numbers of a row are the class's."""
         return count_numbers(self._defaults.values())
 
-    def refresh(self, groups: Sequence[Group]) -> bool:
-        """Read the groups again; True if something may have changed since the last call."""
-        values = list(chain.from_iterable(map(self._read, groups)))
-        optional: list[Any] = []
-        if not all(map(self._has_no_optional, groups)):
-            optional = [group.get(name, _ABSENT) for group in groups for name in self._optional]
-        same_options = self._optional_values is not None and _same(optional, self._optional_values)
-        if not self._volatile and same_options and _same(values, self._values):
-            return False
-        if not same_options:
+    def refresh(self, groups: Sequence[Group]) -> set[str]:
+        """Read the groups again; the keys whose values may have changed since the last call."""
+        keys, sizes = list(chain.from_iterable(groups)), list(map(len, groups))
+        if keys != self._keys or sizes != self._sizes:
+            return self._begin(groups, keys, sizes)
+        values = self._read(groups)
+        if not self._volatile and all(map(is_, flat(values), flat(self._values))):
+            return set()
+        new = [
+            (index, name, value)
+            for index, (group_values, before) in enumerate(zip(values, self._values, strict=True))
+            for name, value, old in zip(self._names[index], group_values, before, strict=True)
+            if value is not old or not _immutable(value)
+        ]
+        self._values = values
+        return self._take(groups, new)
+
+    def _begin(self, groups: Sequence[Group], keys: list[str], sizes: list[int]) -> set[str]:
+        """Read groups of other keys than before, of which nothing is known."""
+        self._keys, self._sizes = keys, sizes
+        self._names = [(*self._required, *(name for name in self._optional if name in group)) for group in groups]
+        self._getters = list(map(tuple_getter, self._names))
+        self._values = self._read(groups)
+        self.rows = [[0.0] * (self.count + 1) for _ in groups]
+        new = [
+            (index, name, group.get(name, self._defaults.get(name)))
+            for index, group in enumerate(groups)
+            for name in (*self._required, *self._optional)
+        ]
+        self._take(groups, new)
+        return {*self._required, *self._optional}
+
+    def _read(self, groups: Sequence[Group]) -> list[tuple[Any, ...]]:
+        return [get(group) for get, group in zip(self._getters, groups, strict=True)]
+
+    def _take(self, groups: Sequence[Group], new: Sequence[tuple[int, str, Any]]) -> set[str]:
+        """Put new values, each with its group and name, into their places; the names of those that are different."""
+        if not {name for _, name, _ in new}.isdisjoint(self._optional):
             for index in range(len(groups)):
                 check_group(groups, index)
-        self.rows = [self._row(index, group) for index, group in enumerate(groups)]
-        self.max_grad_norm = option(groups[0], "max_grad_norm") if groups else None
-        self.skip_nonfinite = bool(groups and option(groups[0], "skip_nonfinite"))
-        self._values, self._optional_values = values, optional
-        self._volatile = not all(map(_immutable, chain(values, optional)))
-        self.version += 1
+            self.max_grad_norm = option(groups[0], "max_grad_norm") if groups else None
+            self.skip_nonfinite = bool(groups and option(groups[0], "skip_nonfinite"))
+        changed = {name for index, name, value in new if self._put(index, name, value)}
+        self._volatile = not all(map(_immutable, flat(self._values)))
+        self.version += bool(changed)
+        return changed
+
+    def _put(self, index: int, name: str, value: Any) -> bool:
+        """Whether a value is another one than before."""
+        row = self.rows[index]
+        if name == "ema_decay":
+            row[-1] = float(value or 0.0)
+        if name not in self._ends:
+            return True
+        places = places_of(self._defaults[name])
+        if places_of(value) != places:
+            wanted = f"{places} numbers" if places else "one number"
+            raise ValueError(f"{name} of group {index} must be {wanted}, but it is {value!r}")
+        numbers = [_number(number, name, index) for number in (value if places else (value,))]
+        place = slice(self._ends[name] - len(numbers), self._ends[name])
+        if all(map(_same_number, numbers, row[place])):
+            return False
+        row[place] = numbers
         return True
 
-    def _row(self, index: int, group: Group) -> tuple[Number, ...]:
-        row: list[Number] = []
-        for name, places in self._places.items():
-            value = group.get(name, self._defaults[name])
-            if places_of(value) != places:
-                wanted = f"{places} numbers" if places else "one number"
-                raise ValueError(f"{name} of group {index} must be {wanted}, but it is {value!r}")
-            row += [_number(number, name, index) for number in (value if places else (value,))]
-        return (*row, float(option(group, "ema_decay") or 0.0))
 
-
-def _same(values: Sequence[Any], others: Sequence[Any]) -> bool:
-    return len(values) == len(others) and all(map(is_, values, others))
+def flat(values: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
+    """The items of all tuples."""
+    return chain.from_iterable(values)
 
 
 def count_numbers(values: Iterable[Any]) -> int:
@@ -91,10 +128,14 @@ def places_of(value: Any) -> int:
     return len(value) if isinstance(value, (tuple, list)) else 0
 
 
-def _getter(names: tuple[str, ...]) -> Callable[[Group], tuple[Any, ...]]:
-    if len(names) > 1:
-        return itemgetter(*names)
-    return lambda group: tuple(group[name] for name in names)
+def tuple_getter(keys: Sequence[Any]) -> Callable[[Any], tuple[Any, ...]]:
+    """An itemgetter that returns a tuple for any number of keys."""
+    if len(keys) > 1:
+        return itemgetter(*keys)
+    if len(keys) == 1:
+        (key,) = keys
+        return lambda items: (items[key],)
+    return lambda items: ()
 
 
 def is_number(value: Any) -> bool:
@@ -105,10 +146,13 @@ def is_number(value: Any) -> bool:
 def _immutable(value: Any) -> bool:
     return (
         value is None
-        or value is _ABSENT
         or isinstance(value, (bool, int, float, str, torch.dtype))
         or (type(value) is tuple and all(map(_immutable, value)))
     )
+
+
+def _same_number(a: Number, b: Number) -> bool:
+    return a is b or not (isinstance(a, Tensor) or isinstance(b, Tensor) or a != b)
 
 
 def _number(value: Any, name: str, index: int) -> Number:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -33,8 +33,9 @@ class KernelStep:
         self._grad_strides: dict[int, tuple[int, ...]] = {}  # of gradients that do not lie as their parameters
         items = []
         extents = []
-        for position, (entry, param, row) in enumerate(zip(entries, live.params, live.rows, strict=True)):
+        for position, (entry, param) in enumerate(zip(entries, live.params, strict=True)):
             if entry.kernels:
+                row = live.rows[entry.row]
                 items.append(self._item(optimizer, position, entry, param, row))
                 grad = live.grads[position]
                 reads = [] if grad is None else [layout.extent(grad)]
@@ -65,7 +66,9 @@ class KernelStep:
             group=entry.group,
             signature=signature,
             numel=param.numel() * (2 if param.is_complex() else 1),
-            tensor=entry.index,
+            tensor=entry.tensor,
+            part=entry.part,
+            first=entry.first * (2 if param.is_complex() else 1),
             seed=int(np.uint64(entry.seed or 0).view(np.int64)),
             addresses=tuple(0 if tensor is None else tensor.data_ptr() for tensor in (memory, *states)),
             scalar_addresses=tuple(map(number_address, scalar_states)),
@@ -84,31 +87,36 @@ class KernelStep:
         """Step every parameter of the kernels that has a gradient, if the gate lets the step pass."""
         called = []
         for tables in self._tables:
-            if any(live.has_grad[position] for position in tables.positions):
-                grads = [live.grads[position] for position in tables.positions]
-                if self._grad_strides:
-                    grads = list(map(self._lay_grad, tables.positions, grads))
-                tables.read([0 if grad is None else grad.data_ptr() or NO_ELEMENTS for grad in grads], hyper, gate)
+            grads = tables.pick(live.grads)
+            if self._grad_strides:
+                grads = tuple(map(self._lay_grad, tables.positions, grads))
+            addresses = _addresses(grads, live.complete)
+            if any(addresses):
+                tables.read(addresses, hyper, gate)
                 called.append((tables, grads))  # which keeps gradients that have been laid out anew
         if gate.reads_gradients:
-            gate.partials += [tables.sum_squares() for tables, _ in called]
+            for tables, _ in called:
+                for part, partials in tables.sum_squares():
+                    gate.add(partials, part)
+        gate.ask_ranks()
         for tables, grads in called:
             stand_ins = [
-                (self._stand_ins[position], live.params[position])
-                for position in tables.positions
-                if position in self._stand_ins and live.grads[position] is not None
+                (stand_in, live.params[position])
+                for position, stand_in in self._stand_ins.items()
+                if position in tables.positions and live.grads[position] is not None
             ]
             for stand_in, param in stand_ins:
                 stand_in.copy_(param)
             tables.step(gate)
             for stand_in, param in stand_ins:
                 param.copy_(stand_in)
-            # The kernels write through raw addresses: tell autograd, as any in-place operation would.
-            if len(grads) == len(live.params) == live.n_grads:
-                written = live.watched
+            # The kernels write through raw addresses: tell autograd, as any in-place operation would. It saves
+            # parameters for a backward pass; telling it of states too would cost a sixth of the step's host time.
+            if live.complete and len(grads) == len(live.params):
+                written = live.params
             else:
-                stepped = [position for position in tables.positions if live.grads[position] is not None]
-                written = [tensor for i in stepped for tensor in (live.params[i], *live.rows[i])]
+                stepped = zip(tables.positions, grads, strict=True)
+                written = [live.params[position] for position, grad in stepped if grad is not None]
             torch.autograd.graph.increment_version(written)
 
     def _lay_grad(self, position: int, grad: Tensor | None) -> Tensor | None:
@@ -131,6 +139,15 @@ def signature_of(optimizer: FusedOptimizer, entry: Entry, param: torch.dtype, na
         entry.seed is not None,
         entry.averaged,
     )
+
+
+def _addresses(grads: Sequence[Tensor | None], complete: bool) -> list[int]:
+    """Where the gradients are, 0 for one that is missing."""
+    if complete:
+        addresses = list(map(Tensor.data_ptr, cast("Sequence[Tensor]", grads)))
+        if all(addresses):
+            return addresses
+    return [0 if grad is None else grad.data_ptr() or NO_ELEMENTS for grad in grads]
 
 
 Extent = tuple[int, int]

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, ClassVar, TypeAlias
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from . import amp, precision
 from . import backend as backends
-from . import precision
-from .averaging import EMA, EMA_STEP, new_ema, swapped
+from .averaging import EMA, EMA_STEP, check_not_swapped, new_ema, swapped
 from .backend import BACKENDS, triton_is_installed, use_kernels, why_no_kernels
+from .backend import DEBUG as _DEBUG
 from .declaration import check_declaration
+from .entry import param_name
 from .gate import SKIPPED_STEPS, Gate
 from .hyper import Hyper
 from .loading import shield, unshield
 from .options import DEFAULTS, check_group, option
-from .plan import Live, Plan, used_states
+from .plan import Live, Plan, all_params, used_states
 from .precision import state_dtype
+from .sharding import is_sharded, local_grads
 
 Group: TypeAlias = dict[str, Any]
 Scalars: TypeAlias = tuple[float, ...]
@@ -60,8 +64,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         rounding: ``"nearest"``, or ``"stochastic"`` for 16-bit states and for 16-bit parameters of which neither
             `master_weights` nor `kahan` keeps more: up or down, with the probabilities that make the mean right.
         seed: of stochastic rounding, in :math:`[0, 2^{64})`. The random numbers are a function of the seed, the place
-            of the parameter among all of the optimizer's, the number of its steps, the state and the element. Give
-            different seeds to optimizers that step different parameters.
+            of the parameter among all of the optimizer's, the number of its steps, the state and the element: for a
+            DTensor of which only rows are split, its place in the whole. Give different seeds to optimizers that step
+            different parameters.
         max_grad_norm: at least 0. Multiply all gradients by ``min(1, max_grad_norm / (norm + 1e-6))``, as
             ``torch.nn.utils.clip_grad_norm_`` does, where the norm is that of the gradients of all parameters
             together, unscaled. The gradients themselves stay as they are. None does not clip.
@@ -77,6 +82,10 @@ class FusedOptimizer(torch.optim.Optimizer):
     ``torch.amp.GradScaler`` leaves unscaling and skipping to the step where the kernels run for all parameters: by its
     attributes `grad_scale`, which the gradients are divided by, and `found_inf`, which skips the step unless it is 0.
     Both are one-element tensors; a step reads them where they are and waits for neither.
+
+    Parameters may be DTensors. Their states are DTensors of the same placements, and a rank steps what it holds. Where
+    a step asks for the norm of gradients or may be skipped, all ranks of their meshes must step, also those without
+    elements or gradients; all take the same decision.
 
     In a CUDA graph the step is captured with the numbers, and for the parameters with gradients, of that moment. What
     is to change between replays must be a tensor on the device: `lr` and, where the class takes them, others. Make a
@@ -102,15 +111,26 @@ class FusedOptimizer(torch.optim.Optimizer):
     scalar_states: ClassVar[tuple[str, ...]] = ()
     states: ClassVar[tuple[str, ...]] = ()
 
-    # On the class, so that an object of torch's class can become one of this without its __init__.
-    backend: str = "auto"
-    _plan: Plan | None = None
-    _hyper: Hyper | None = None
-    _grad_norm: Tensor | None = None
-    _may_skip: bool = False  # whether any step could have been skipped
-    _skipped_steps: Tensor | int = 0
-    _swapped: bool = False
-    _captured: tuple[Plan, ...] = ()  # what graphs read, for as long as they may be replayed
+    backend: str
+    _plan: Plan | None
+    _hyper: Hyper | None
+    _grad_norm: Tensor | None
+    _may_skip: bool  # whether any step could have been skipped
+    _skipped_steps: Tensor | int
+    _steps_in_backward: bool
+    _opt_called: bool
+    _origin: tuple[int, int, int]  # group, position and index of the first parameter in a whole optimizer
+    _captured: tuple[Plan, ...]  # what graphs read, for as long as they may be replayed
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            # An object of torch's class can become one of this without its __init__. The class itself must not have
+            # these: Lightning's wrappers pose as subclasses, and ask the optimizer for what they do not find.
+            try:
+                return _UNSET[name]
+            except KeyError:
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}") from None
 
     def __init__(
         self,
@@ -220,15 +240,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: a gradient or state does not fit its parameter. Nothing has been written then.
         """
-        return _untraced(self._run, closure) if torch.compiler.is_compiling() else self._run(closure)
-
-    def _run(self, closure: Callable[[], Any] | None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with torch.no_grad():
-            self._step()
+        _untraced(self._step) if torch.compiler.is_compiling() else self._step()
         return loss
 
     @property
@@ -249,13 +265,30 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """What torch.amp.GradScaler asks before it leaves unscaling and skipping to the step."""
+        """What torch.amp.GradScaler asks before it leaves unscaling and skipping to the step.
+
+        Where parameters are sharded, the step asks all ranks whether to skip, in kernels or not. GradScaler does not.
+        """
+        if amp.is_clipper(sys._getframe(1)):
+            return False
+        if self._steps_in_backward:
+            raise RuntimeError(
+                "GradScaler cannot be used with step_in_backward: when it would unscale or skip, the parameters have "
+                "stepped, by scaled gradients"
+            )
+        if amp.is_watched(self):
+            return False
+        if any(is_sharded(param) for group in self.param_groups for param in group["params"]):
+            return True
+        return self._all_in_kernels
+
+    @property
+    def _all_in_kernels(self) -> bool:
         if self._plan is not None:
             return self._plan.all_in_kernels
         return all(use_kernels(self.backend, group, param) for group in self.param_groups for param in group["params"])
 
-    @contextmanager
-    def swap_ema(self) -> Iterator[None]:
+    def swap_ema(self) -> AbstractContextManager[None]:
         """Within the context, every parameter has the value of its average, and the average that of its parameter.
 
         Only values are exchanged, so nothing has to be told to the model. In the end everything is as it was, bit for
@@ -266,36 +299,26 @@ class FusedOptimizer(torch.optim.Optimizer):
             RuntimeError: no group has an `ema_decay`; within the context, for `step`, `state_dict`, `load_state_dict`
                 and another `swap_ema`.
         """
-        self._check_not_swapped("swap_ema")
-        with swapped(self):
-            self._swapped = True
-            try:
-                yield
-            finally:
-                self._swapped = False
-
-    def _check_not_swapped(self, what: str) -> None:
-        if self._swapped:
-            raise RuntimeError(f"{what} within swap_ema: the parameters have the values of their averages there")
+        return swapped(self)
 
     def _step(self) -> None:
-        self._check_not_swapped("step")
+        check_not_swapped(self, "step")
         hyper = self._hyper = self._hyper or self._new_hyper()
         capturing = backends.is_capturing()
         if capturing:
             self._check_capture()
         try:
-            hyper_changed = hyper.refresh(self.param_groups)
+            changed = hyper.refresh(self.param_groups)
             gate = Gate(self, hyper)
             if gate.may_skip and not self._may_skip:
                 self._may_skip, self._plan = True, None
-            plan, live = self._planned(hyper, hyper_changed)
+            plan, live = self._planned(hyper, changed)
         except Exception:
             self._plan = self._hyper = None  # whatever was new to this step is new to the next one too
             raise
         self._plan = plan
-        if capturing:
-            self._captured = (*self._captured, plan)
+        if capturing:  # the graph's from now on: what it has uploaded is there only when it is replayed
+            self._plan, self._captured = None, (*self._captured, plan)
         plan.run(self, live, hyper, gate)
         self._grad_norm = gate.grad_norm
 
@@ -308,21 +331,29 @@ class FusedOptimizer(torch.optim.Optimizer):
                 f"{type(self).__name__}.step() is being captured in a CUDA graph, but capturable is False: make the "
                 "optimizer with capturable=True (or set it in every param group), and make a step before the capture"
             )
-        if not self._step_supports_amp_scaling:
+        if not self._all_in_kernels:
             raise RuntimeError("a step can be captured in a CUDA graph where the kernels run for all parameters only")
 
-    def _planned(self, hyper: Hyper, hyper_changed: bool) -> tuple[Plan, Live]:
+    def _planned(self, hyper: Hyper, changed: set[str]) -> tuple[Plan, Live]:
         """The last plan if it still holds, else a new one, and the tensors of this step."""
         plan = self._plan
-        if plan is not None and hyper_changed and used_states(self) != plan.uses:
+        # A scheduler changes the learning rate of all groups at every step, and no state depends on it.
+        if plan is not None and not changed <= {"lr"} and used_states(self) != plan.uses:
             plan = None
-        live = plan.gather(self) if plan is not None else None
+        # Once in a step, since it may take the other ranks. A plan without DTensors notices the first one itself.
+        grads = self._local_grads() if self._plan is None or self._plan.is_sharded else None
+        live = plan.gather(self, grads) if plan is not None else None
         if plan is not None and live is not None and not _DEBUG:
             return plan, live
-        fresh = Plan(self, hyper, self._plan)
+        grads = self._local_grads() if grads is None else grads
+        with torch.no_grad():
+            fresh = Plan(self, hyper, self._plan, grads)
         if plan is not None and live is not None and not plan.describes_the_same(fresh):
             raise RuntimeError("FUSEDOPT_DEBUG: something moved since the last step and was not noticed")
-        return fresh, fresh.read(self)
+        return fresh, fresh.read(self, all_params(self), grads)
+
+    def _local_grads(self) -> list[Tensor | None]:
+        return local_grads(all_params(self), partial(param_name, self))
 
     @property
     def _optional(self) -> dict[str, Any]:
@@ -362,7 +393,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         Unlike torch's, this keeps the dtype and the bits of every tensor, copies them (later steps leave `state_dict`
         alone), and keeps this optimizer's options where the loaded groups have none.
         """
-        self._check_not_swapped("load_state_dict")
+        check_not_swapped(self, "load_state_dict")
         # Last of the hooks, so that it sees what the user's have made of the dict.
         hook = self.register_load_state_dict_pre_hook(shield)
         try:
@@ -373,11 +404,11 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The state as ``torch.optim.Optimizer.state_dict`` returns it."""
-        self._check_not_swapped("state_dict")
+        check_not_swapped(self, "state_dict")
         return super().state_dict()
 
     def __getstate__(self) -> dict[str, Any]:
-        self._check_not_swapped("a copy")
+        check_not_swapped(self, "a copy")
         own = {name: getattr(self, name) for name in ("backend", "_may_skip", "_skipped_steps")}
         return {**super().__getstate__(), **own}
 
@@ -411,4 +442,14 @@ def _untraced(function: Callable[..., Any], *args: Any) -> Any:
     return function(*args)
 
 
-_DEBUG = os.environ.get("FUSEDOPT_DEBUG", "0") not in ("", "0")
+_UNSET = {
+    "backend": "auto",
+    "_plan": None,
+    "_hyper": None,
+    "_grad_norm": None,
+    "_may_skip": False,
+    "_skipped_steps": 0,
+    "_steps_in_backward": False,
+    "_origin": (0, 0, 0),
+    "_captured": (),
+}

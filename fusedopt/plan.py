@@ -6,130 +6,160 @@ and says whether the plan still describes them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
-from operator import itemgetter
+from itertools import chain, islice
+from operator import is_, itemgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from . import eager
-from .entry import Entry, Row, check, entries_of, is_plain, is_ready, settle_states, tuple_getter
+from . import backend, eager
+from .entry import Entry, Row, check, entries_of, is_plain, is_ready, param_name, settle_states
 from .gate import Gate, settled_counter
-from .hyper import Hyper
+from .hyper import Hyper, tuple_getter
 from .multi_tensor import KernelStep
 from .options import option
-from .watch import MetaWatch, meta
+from .ranks import Ranks
+from .sharding import is_sharded, opened
+from .watch import Watch, meta
 
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
+
+_params_of = itemgetter("params")
 
 PRECISION = ("state_dtype", "master_weights", "kahan", "rounding", "seed")  # the options that say how states are stored
 
 
 @dataclass(slots=True)
 class Live:
-    """The tensors of this step, one item an entry; a row holds the entry's `names`."""
+    """The tensors of this step: a parameter and a gradient an entry, a row of states for each `Entry.row`.
+
+    Of DTensors, what this rank holds.
+    """
 
     params: list[Tensor]
     grads: list[Tensor | None]
     rows: list[Row]
     watched: list[Tensor]  # parameters and states, one after the other
-    has_grad: list[bool]
-    n_grads: int  # of all parameters, also of those outside the plan
+    present: list[Tensor]  # the gradients that are there
+    specs: list[Any]  # how each of `watched` is sharded, if any is
+
+    @property
+    def complete(self) -> bool:
+        """Whether every parameter has a gradient."""
+        return len(self.present) == len(self.grads)
 
 
 class Plan:
     """The entries of an optimizer and how to see that they are what they were."""
 
-    def __init__(self, optimizer: FusedOptimizer, hyper: Hyper, previous: Plan | None) -> None:
-        params = _all_params(optimizer)
+    def __init__(
+        self, optimizer: FusedOptimizer, hyper: Hyper, previous: Plan | None, grads: Sequence[Tensor | None]
+    ) -> None:
+        params = all_params(optimizer)
         known = previous.grad_metas() if previous is not None else {}
+        everything = entries_of(optimizer, grads, known)
         self.entries: list[Entry] = []
-        for entry in entries_of(optimizer, known):
-            param = params[entry.index]
-            if param.grad is not None:
-                check(optimizer, entry, param)
+        for entry in everything:
+            param, grad = params[entry.index], grads[entry.index]
+            if grad is not None:
+                check(optimizer, entry, param, grad)
                 self.entries.append(entry)
             elif entry.grad_meta is not None and is_ready(optimizer, entry, param):
                 self.entries.append(entry)
         for entry in self.entries:
-            settle_states(optimizer, entry, params[entry.index])
+            settle_states(optimizer, entry, params[entry.index], grads[entry.index])
 
         self.uses = used_states(optimizer)
         self._backend = optimizer.backend
         self._param_ids = list(map(id, params))
         self._group_sizes = [len(group["params"]) for group in optimizer.param_groups]
         self._state_ids = list(map(id, optimizer.state))
-        rows = {state_id: row for row, state_id in enumerate(self._state_ids)}
+        row_of = {state_id: row for row, state_id in enumerate(self._state_ids)}
         names: list[tuple[str, ...]] = [()] * len(self._state_ids)
-        self._row_of = []
         for entry in self.entries:
-            row = rows[self._param_ids[entry.index]] if entry.names else -1
             if entry.names:
-                names[row] = entry.names
-            self._row_of.append(row)
+                entry.row = row_of[self._param_ids[entry.index]]
+                names[entry.row] = entry.names
         self._getters = list(map(tuple_getter, names))
+        inside = [entry.index for entry in self.entries]
+        self._outside = sorted(set(range(len(params))).difference(inside))
+        self._pick = tuple_getter(inside) if self._outside else tuple
 
-        live = self.read(optimizer)
+        self.is_sharded = any(map(is_sharded, params))
+        self._ranks = Ranks(params)
+        for entry in self.entries:
+            entry.part = self._ranks.part_of[entry.index]
+        # Where the host decides it waits anyway; that is so on all ranks or on none.
+        self._compares_ranks = backend.DEBUG or not any(entry.kernels for entry in everything)
+        live = self.read(optimizer, params, grads)
+        self._specs = live.specs
         # Sparse states and fake tensors have no address: with one of them every step makes a new plan.
         self._watchable = not any(
             tensor.layout != torch.strided or isinstance(tensor, FakeTensor) for tensor in live.watched
         )
-        self._watch = MetaWatch(live.watched)
-        self._had_grad: list[bool] = []
-        self._grad_watch = MetaWatch([])
-        for entry, param, states in zip(self.entries, live.params, live.rows, strict=True):
-            entry.plain = is_plain(entry, param, states[len(entry.scalar_names) :])
+        self._had_grad: list[bool] = []  # for each entry; nothing where all have one
+        self._grad_watch: Watch | None = None
+        for entry, param in zip(self.entries, live.params, strict=True):
+            entry.plain = is_plain(entry, param, live.rows[entry.row][len(entry.scalar_names) :])
         in_kernels = [entry.kernels for entry in self.entries]
         self._has_eager = not all(in_kernels)
         self._kernels = KernelStep(optimizer, self.entries, live, hyper.count) if any(in_kernels) else None
-        has_addresses = self._watchable and self._kernels is not None
-        self._addresses = list(map(Tensor.data_ptr, live.watched)) if has_addresses else []
+        # The reference works on the tensors themselves, wherever they lie.
+        self._watch = Watch(live.watched, addresses=self._watchable and self._kernels is not None)
 
     def grad_metas(self) -> dict[int, tuple[Any, ...] | None]:
         """By the id of the parameter, how its gradient last lay."""
         return {self._param_ids[entry.index]: entry.grad_meta for entry in self.entries}
 
-    def read(self, optimizer: FusedOptimizer) -> Live:
-        """The tensors of this step. KeyError or TypeError where a state is gone or no tensor any more."""
-        params = _all_params(optimizer)
-        grads = [param.grad for param in params]
+    def read(
+        self, optimizer: FusedOptimizer, params: Sequence[Tensor], local_grads: Sequence[Tensor | None] | None
+    ) -> Live:
+        """The tensors of this step. KeyError or TypeError where a state is gone or no tensor any more.
+
+        Args:
+            optimizer: whose they are.
+            params: all of its parameters.
+            local_grads: what this rank holds of their gradients; None where nothing is sharded.
+        """
         # In the order of `optimizer.state`: looking a parameter up would hash it, which torch does in Python.
         rows = [get(state) for get, state in zip(self._getters, optimizer.state.values(), strict=True)]
-        has_grad = [grad is not None for grad in grads]
-        n_grads = sum(has_grad)
-        if len(self.entries) < len(params):
-            params = [params[entry.index] for entry in self.entries]
-            grads = [grads[entry.index] for entry in self.entries]
-            has_grad = [has_grad[entry.index] for entry in self.entries]
+        params = list(self._pick(params))
+        grads = [param.grad for param in params] if local_grads is None else list(self._pick(local_grads))
         watched = [*params, *chain.from_iterable(rows)]
+        specs: list[Any] = []
+        if self.is_sharded:
+            watched, specs = opened(watched)
+            held = iter(watched)
+            params = list(islice(held, len(params)))
+            rows = [tuple(islice(held, len(row))) for row in rows]
         rows.append(())  # of an entry without states, at -1
-        return Live(params, grads, [rows[i] for i in self._row_of], watched, has_grad, n_grads)
+        return Live(params, grads, rows, watched, [grad for grad in grads if grad is not None], specs)
 
-    def gather(self, optimizer: FusedOptimizer) -> Live | None:
+    def gather(self, optimizer: FusedOptimizer, local_grads: Sequence[Tensor | None] | None) -> Live | None:
         """The tensors of this step if all of them are where and what the plan says, else None."""
+        lists = list(map(_params_of, optimizer.param_groups))
+        params = list(chain.from_iterable(lists))
         if (
             not self._watchable
             or optimizer.backend != self._backend
-            or list(map(id, _all_params(optimizer))) != self._param_ids
+            or list(map(id, params)) != self._param_ids
             or list(map(id, optimizer.state)) != self._state_ids
-            or [len(group["params"]) for group in optimizer.param_groups] != self._group_sizes
+            or list(map(len, lists)) != self._group_sizes
+            or any(params[index].grad is not None for index in self._outside)
         ):
             return None
         try:
-            live = self.read(optimizer)
-            # The reference works on the tensors themselves, wherever they lie.
-            addresses = [] if self._kernels is None else list(map(Tensor.data_ptr, live.watched))
-            if addresses != self._addresses or not self._watch.holds(live.watched):
+            live = self.read(optimizer, params, local_grads)
+            if not all(map(is_, live.specs, self._specs)) or not self._watch.holds(live.watched):
                 return None
         except (KeyError, TypeError, AttributeError, RuntimeError):
             return None  # a state is gone, no tensor any more, or without an address
-        if live.n_grads != sum(live.has_grad) or not self._grads_lie_as_known(live):
-            return None
-        if self._kernels is not None and not self._kernels.is_current():
+        if not self._grads_lie_as_known(live) or not (self._kernels is None or self._kernels.is_current()):
             return None
         return live
 
@@ -143,28 +173,50 @@ class Plan:
         device = torch.device("cpu") if self._kernels is None else self._kernels.device
         if gate.may_skip:
             gate.skipped_steps = settled_counter(optimizer, device)
+        if gate.needs_ranks and self._ranks:
+            gate.ranks = self._ranks
+            if self._compares_ranks and not backend.is_capturing():
+                self._compare_ranks(optimizer, live)
         if self._has_eager and gate.reads_gradients:
             eager.read_gradients(self.entries, live, gate)
         if self._kernels is not None:
-            self._kernels.run(live, hyper, gate)
+            with torch.no_grad():
+                self._kernels.run(live, hyper, gate)
+        gate.ask_ranks()
         if self._has_eager:
             eager.step(optimizer, self.entries, live, hyper.rows, gate)
+        if gate.ranks is not None and not gate.decided:
+            gate.decide()  # a rank without a gradient
         if gate.reads_gradients and gate.grad_norm is None:  # there was none to read
             gate.grad_norm = torch.zeros((), dtype=torch.float64, device=device)
+        if self.is_sharded:  # the local tensors were written, and have counted it
+            params = all_params(optimizer)
+            stepped = [
+                params[entry.index] for entry, grad in zip(self.entries, live.grads, strict=True) if grad is not None
+            ]
+            torch.autograd.graph.increment_version(stepped)
+
+    def _compare_ranks(self, optimizer: FusedOptimizer, live: Live) -> None:
+        names = [param_name(optimizer, index) for index in range(len(self._param_ids))]
+        has_grad = [False] * len(names)
+        for entry, grad in zip(self.entries, live.grads, strict=True):
+            has_grad[entry.index] = grad is not None
+        self._ranks.check_agreement(has_grad, names)
 
     def describes_the_same(self, other: Plan) -> bool:
         """Whether two plans would step the same memory in the same way."""
         tables = [None if plan._kernels is None else plan._kernels.describe() for plan in (self, other)]
-        return self.entries == other.entries and self._addresses == other._addresses and tables[0] == tables[1]
+        addresses = [plan._watch.addresses for plan in (self, other)]
+        return self.entries == other.entries and addresses[0] == addresses[1] and tables[0] == tables[1]
 
     def _grads_lie_as_known(self, live: Live) -> bool:
-        present = [grad for grad in live.grads if grad is not None]
-        if live.has_grad == self._had_grad:
-            return self._grad_watch.holds(present)
+        has_grad = [] if live.complete else [grad is not None for grad in live.grads]
+        if self._grad_watch is not None and has_grad == self._had_grad:
+            return self._grad_watch.holds(live.present)
         for grad, entry in zip(live.grads, self.entries, strict=True):
             if grad is not None and (grad.layout != torch.strided or meta(grad) != entry.grad_meta):
                 return False
-        self._had_grad, self._grad_watch = live.has_grad, MetaWatch(present)
+        self._had_grad, self._grad_watch = has_grad, Watch(live.present, addresses=False)
         return True
 
 
@@ -182,5 +234,6 @@ def used_states(optimizer: FusedOptimizer) -> list[tuple[Any, ...]]:
     ]
 
 
-def _all_params(optimizer: FusedOptimizer) -> list[Tensor]:
-    return list(chain.from_iterable(map(itemgetter("params"), optimizer.param_groups)))
+def all_params(optimizer: FusedOptimizer) -> list[Tensor]:
+    """The parameters of all groups."""
+    return list(chain.from_iterable(map(_params_of, optimizer.param_groups)))

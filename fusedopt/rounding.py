@@ -51,11 +51,13 @@ def stochastic(value: Tensor, dtype: torch.dtype, random: Tensor) -> Tensor:
     return torch.where(value.abs() < finfo.max, rounded, nearest(value, dtype))
 
 
-def random_bits(seed: int, tensor: int, step: int, stream: int, count: int, device: torch.device) -> Tensor:
-    """16 random bits for each of the first `count` elements of a tensor. Eight elements share one call of Philox."""
-    group = torch.arange(-(-count // 8), device=device)
+def random_bits(
+    seed: int, tensor: int, step: int, stream: int, count: int, device: torch.device, first: int = 0
+) -> Tensor:
+    """16 random bits for each of `count` elements of a tensor from the `first` one. Eight share one call of Philox."""
+    group = torch.arange(first // 8, -(-(first + count) // 8), device=device)
     words = torch.stack(philox((group, tensor, step, stream), (seed & MASK32, seed >> 32)), dim=1)
-    return torch.stack([words & 0xFFFF, words >> 16], dim=2).reshape(-1)[:count]
+    return torch.stack([words & 0xFFFF, words >> 16], dim=2).reshape(-1)[first % 8 :][:count]
 
 
 def philox(counter: tuple[Tensor, int, int, int], key: tuple[int, int]) -> list[Tensor]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from . import backend
 from .averaging import ema_dtype
 from .backend import triton_interprets
+from .hyper import tuple_getter
 from .precision import kept_dtype
 
 if TYPE_CHECKING:
@@ -114,6 +115,8 @@ class Item:
     seed: int  # as a signed number
     addresses: tuple[int, ...]  # parameter, states, what keeps the parameter's lost part, the average; 0 = absent
     scalar_addresses: tuple[int, ...]  # of `number_address`; the last two count the roundings and the averagings
+    part: int = 0  # of `Ranks`
+    first: int = 0  # the place of the first element in the whole parameter, for stochastic rounding
 
 
 class Tables:
@@ -125,6 +128,7 @@ class Tables:
             members.setdefault(item.signature, []).append(item)
         ordered = [item for same in members.values() for item in same]
         self.positions = [item.position for item in ordered]
+        self.pick = tuple_getter(self.positions)
         self.device = device
         self._stream = self._current_stream()
         self._scalars_rule, self._update_rule = rule(type(optimizer))
@@ -138,7 +142,9 @@ class Tables:
             *self._squares.sections,
         ]
         for signature, same in members.items():
-            rows = np.array([(item.numel, item.tensor, item.seed, *item.addresses) for item in same], dtype=np.int64)
+            rows = np.array(
+                [(item.numel, item.tensor, item.seed, item.first, *item.addresses) for item in same], dtype=np.int64
+            )
             sections += [rows.reshape(-1), chunks_of(rows[:, 0], signature.tiling[1])]
         self.static, bounds = _pack(sections)
         self._graphs: list[Any] = []  # what captured graphs read, which may neither change nor go
@@ -148,7 +154,7 @@ class Tables:
         self._squares.tables, tables = tables[:n_squares], tables[n_squares:]
         firsts = [0, *accumulate(map(len, members.values()))]
         self._updates = [
-            (signature.constants, first, rows, chunks)
+            (signature.constants, first, rows, chunks.view(torch.int32))
             for signature, first, rows, chunks in zip(members, firsts, tables[::2], tables[1::2], strict=False)
             if len(chunks)
         ]
@@ -164,8 +170,8 @@ class Tables:
         self._hyper_tensors: list[Tensor] = []
         self._hyper_version = -1
         self._n_hyper = 0
-        self._dynamic = np.empty(0, dtype=np.int64)
-        self._dynamic_slices: list[Tensor] = []
+        self._known: Any = None  # what the last `read` was told
+        self._dynamic: list[Tensor] = []  # and the same on the device
         self._spare: Tensor | None = None
 
     def is_current(self) -> bool:
@@ -177,31 +183,40 @@ class Tables:
 
     def read(self, grad_addresses: Sequence[int], hyper: Hyper, gate: Gate) -> None:
         """Bring what may differ between two steps to the device; gradients without an address sit this one out."""
+        told = grad_addresses, hyper.version, gate.numbers()
+        if told == self._known and not backend.is_capturing():
+            return
         if hyper.version != self._hyper_version:
             self._read_hyper(hyper.rows)
             self._hyper_version = hyper.version
-        grads = np.array(grad_addresses, dtype=np.int64)
-        limits = np.array(gate.numbers())
-        dynamic, bounds = _pack([grads, self._hyper.view(np.int64), self._hyper_pointers, limits.view(np.int64)])
-        if backend.is_capturing() or not np.array_equal(dynamic, self._dynamic):
-            self._dynamic, self._dynamic_slices = dynamic, _slices(self._upload(dynamic), bounds)
+        sections = [
+            np.array(grad_addresses, dtype=np.int64),
+            self._hyper.view(np.int64),
+            self._hyper_pointers,
+            np.array(gate.numbers()).view(np.int64),
+        ]
+        dynamic, bounds = _pack(sections)
+        grads, numbers, pointers, limits = _slices(self._upload(dynamic), bounds)
+        self._dynamic = [grads, numbers.view(torch.float64), pointers, limits.view(torch.float64)]
+        self._known = told
 
-    def sum_squares(self) -> Tensor:
-        """Sums of squares of the gradients, and how many elements are not finite: float64 [n, 2]."""
+    def sum_squares(self) -> list[tuple[int, Tensor]]:
+        """For each part, sums of squares of its gradients, and how many elements are not finite: float64 [n, 2]."""
         with self._on_device():
-            return self._squares.launch(self._dynamic_slices[0], self.device)
+            return self._squares.launch(self._dynamic[0], self.device)
 
     def step(self, gate: Gate) -> None:
         """Step the tensors, if the gate lets the step pass."""
         from .kernels import multi_tensor as kernels
 
-        grads, hyper, hyper_pointers, limits = self._dynamic_slices
+        grads, hyper, hyper_pointers, limits = self._dynamic
         n_tensors = len(self.positions)
         partials = gate.partials_on(self.device) if gate.partials else self._unread
         grad_norm = torch.empty((), dtype=torch.float64, device=self.device) if gate.partials else self._unread
         if gate.partials and gate.grad_norm is None:
             gate.grad_norm = grad_norm
         skipped_steps = gate.take_counter()
+        gate.decided = True
         found_inf = _on(self.device, gate.found_inf, self._zero)
         grad_scale = _on(self.device, gate.grad_scale, self._one)
         with self._on_device():
@@ -211,9 +226,9 @@ class Tables:
                 self._groups,
                 grads,
                 self._scalar_states,
-                hyper.view(torch.float64),
+                hyper,
                 hyper_pointers,
-                limits.view(torch.float64),
+                limits,
                 grad_scale,
                 found_inf,
                 partials,
@@ -234,12 +249,12 @@ class Tables:
             for constants, first, rows, chunks in self._updates:
                 launch(
                     kernels.update,
-                    len(chunks),
+                    len(chunks) // 2,
                     rows,
                     grads,
                     self._scalars,
                     self._control,
-                    chunks.view(torch.int32),
+                    chunks,
                     first,
                     UPDATE=self._update_rule,
                     N_SCALARS=self._n_scalars,
@@ -249,10 +264,9 @@ class Tables:
         if backend.is_capturing():
             self._graphs.append((self._hyper_tensors, grads, partials, grad_norm, skipped_steps, found_inf, grad_scale))
 
-    def _read_hyper(self, hyper: Sequence[tuple[Number, ...]]) -> None:
+    def _read_hyper(self, hyper: Sequence[Sequence[Number]]) -> None:
         """Numbers, and the addresses of those that live on a device (odd: fp32). The tensors are kept alive."""
-        shape = (len(hyper), len(hyper[0]))
-        self._n_hyper = shape[1] - 1
+        self._n_hyper = len(hyper[0]) - 1
         numbers = [number for row in hyper for number in row]
         addresses = [0] * len(numbers)
         self._hyper_tensors = []
@@ -278,7 +292,7 @@ class Tables:
         return copy
 
     def _pinned(self, size: int) -> Tensor:
-        """Pinned memory: a captured copy may read from no other, and PyTorch 2.10 can allocate none while it captures."""
+        """Pinned memory: a captured copy reads from no other, and PyTorch 2.10 can allocate none while it captures."""
         if backend.is_capturing():
             spare, self._spare = self._spare, None
             if spare is not None and len(spare) == size:
@@ -295,28 +309,28 @@ class Tables:
 
 
 class Squares:
-    """The gradients of some tables as `sum_squares` reads them: by their dtype, whatever else they are."""
+    """The gradients of some tables as `sum_squares` reads them: by their part and dtype, whatever else they are."""
 
     def __init__(self, items: Sequence[Item]) -> None:
-        rows: dict[torch.dtype, list[tuple[int, int]]] = {}
+        rows: dict[tuple[int, torch.dtype], list[tuple[int, int]]] = {}
         for tensor, item in enumerate(items):
-            rows.setdefault(item.signature.grad, []).append((tensor, item.numel))
+            rows.setdefault((item.part, item.signature.grad), []).append((tensor, item.numel))
         arrays = [np.array(same, dtype=np.int64) for same in rows.values()]
         pairs = [(same.reshape(-1), chunks_of(same[:, 1], SQUARES_CHUNK_SIZE)) for same in arrays]
         self.sections = [section for pair in pairs for section in pair]
         self.tables: list[Tensor] = []  # the same on the device
-        self._dtypes = list(rows)
+        self._kinds = list(rows)
 
-    def launch(self, grads: Tensor, device: torch.device) -> Tensor:
-        """One launch for each dtype."""
+    def launch(self, grads: Tensor, device: torch.device) -> list[tuple[int, Tensor]]:
+        """One launch for each part and dtype; for each part, what it left."""
         from .kernels import gate as kernels
 
         programs = SQUARES_PROGRAMS[triton_interprets()]
         counts = [min(len(chunks), programs) for chunks in self.tables[1::2]]
         partials = torch.empty((sum(counts), 2), dtype=torch.float64, device=device)
         firsts = [0, *accumulate(counts)]
-        for dtype, rows, chunks, first, count in zip(
-            self._dtypes, self.tables[::2], self.tables[1::2], firsts, counts, strict=False
+        for (_, dtype), rows, chunks, first, count in zip(
+            self._kinds, self.tables[::2], self.tables[1::2], firsts, counts, strict=False
         ):
             if count:
                 launch(
@@ -330,7 +344,12 @@ class Squares:
                     **squares_constants(dtype),
                     **LAUNCH_OPTIONS,
                 )
-        return partials
+        if len({part for part, _ in self._kinds}) == 1:
+            return [(self._kinds[0][0], partials)]
+        return [
+            (part, partials[first : first + count])
+            for (part, _), first, count in zip(self._kinds, firsts, counts, strict=False)
+        ]
 
 
 def squares_constants(grad: torch.dtype) -> dict[str, Any]:

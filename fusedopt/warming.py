@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from functools import partial
 
 import torch
 
 from . import backend
 from .declaration import count_scalars
-from .entry import entries_of
+from .entry import entries_of, param_name
 from .gate import Gate
 from .multi_tensor import signature_of
+from .optimizer import FusedOptimizer
+from .sharding import local, local_grads
 from .tables import Item, Signature, Tables
-
-if TYPE_CHECKING:
-    from .optimizer import FusedOptimizer
 
 
 def warmup(optimizer: FusedOptimizer) -> None:
@@ -24,37 +23,51 @@ def warmup(optimizer: FusedOptimizer) -> None:
     what it has compiled on disk, so this takes seconds only once on a machine. Without parameters that the kernels
     step, nothing happens.
 
-    Where a parameter has no gradient yet, its gradients are expected in the parameter's dtype. What turns up only later
-    (another dtype, an option switched on) is compiled when it is there.
+    Where a parameter has no gradient yet, its gradients are expected in the parameter's dtype, and none if it requires
+    none. What turns up only later (another dtype, an option switched on) is compiled when it is there.
 
     Args:
         optimizer: any optimizer of this package, made and, if it is to be, loaded.
-    """
-    found: dict[torch.device, dict[Signature, Item]] = {}
-    params = [param for group in optimizer.param_groups for param in group["params"]]
-    for entry, param in zip(entries_of(optimizer, {}), params, strict=True):
-        if not entry.kernels or backend.why_no_kernels(param, interpreted=True) is not None:
-            continue
-        entry.grad_meta = entry.grad_meta or (param.dtype,)
-        states = dict(optimizer.state.get(param, {}))
-        if any(states.get(name) is None for name in entry.state_names):
-            created: dict[str, torch.Tensor] = {}
-            group = optimizer.param_groups[entry.group]
-            optimizer.create_states(torch.empty_like(param, device="meta"), created, group)
-            states = {**created, **states}
-        signature = signature_of(optimizer, entry, param.dtype, states)
-        # One element at no address, which is never read: no gradient, no step.
-        nowhere = (0,) * (3 + len(optimizer.states)), (0,) * (2 + len(optimizer.scalar_states))
-        item = Item(entry.index, entry.group, signature, 1, entry.index, 0, *nowhere)
-        found.setdefault(param.device, {}).setdefault(signature, item)
 
+    Raises:
+        TypeError: it is another object.
+        RuntimeError: a CUDA graph is being captured.
+    """
+    if not isinstance(optimizer, FusedOptimizer):
+        raise TypeError(f"warmup compiles for the optimizers of fusedopt, but this is a {torch.typename(optimizer)}")
+    if backend.is_capturing():
+        raise RuntimeError("warmup within the capture of a CUDA graph, which would replay it: call it before")
     hyper = optimizer._new_hyper()
     hyper.refresh(optimizer.param_groups)
     n_scalars = count_scalars(type(optimizer), hyper.count)
-    for device, items in found.items():
+    for device, items in _signatures(optimizer).items():
         tables = Tables(optimizer, list(items.values()), n_scalars, device)
         gate = Gate(optimizer, hyper)
         tables.read([0] * len(items), hyper, gate)
         if gate.reads_gradients:
-            gate.partials.append(tables.sum_squares())
+            for _, partials in tables.sum_squares():
+                gate.add(partials)
         tables.step(gate)
+
+
+def _signatures(optimizer: FusedOptimizer) -> dict[torch.device, dict[Signature, Item]]:
+    """For each device, what distinguishes kernels, each with an item of one element that is nowhere: it is not read."""
+    found: dict[torch.device, dict[Signature, Item]] = {}
+    nowhere = (0,) * (3 + len(optimizer.states)), (0,) * (2 + len(optimizer.scalar_states))
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    grads = local_grads(params, partial(param_name, optimizer))
+    for entry, param in zip(entries_of(optimizer, grads, {}), params, strict=True):
+        if not entry.kernels or backend.why_no_kernels(param, interpreted=True) is not None:
+            continue
+        if entry.grad_meta is None and not param.requires_grad:
+            continue
+        entry.grad_meta = entry.grad_meta or (param.dtype,)
+        states = dict(optimizer.state.get(param, {}))
+        if any(states.get(name) is None for name in entry.state_names):
+            # Of one element, since only their dtypes matter. On the device: a subclass may look at the values.
+            small = torch.zeros((1,) * param.dim(), dtype=param.dtype, device=local(param).device)
+            optimizer.create_states(small, states, optimizer.param_groups[entry.group])
+        signature = signature_of(optimizer, entry, param.dtype, states)
+        item = Item(entry.index, entry.group, signature, 1, entry.index, 0, *nowhere)
+        found.setdefault(param.device, {}).setdefault(signature, item)
+    return found

@@ -147,6 +147,7 @@ def update_tile(
     first,
     start,
     lanes,
+    draw_lanes,
     stop,
     UPDATE: tl.constexpr,
     PARAM: tl.constexpr,
@@ -188,7 +189,7 @@ def update_tile(
     tl.static_assert(len(states) == len(STATES), "the rule returns another number of states than the class has")
 
     if STOCHASTIC and PARAM.primitive_bitwidth == 16 and KEPT is None:
-        bits = to_bits_stochastic(param, random_bits(draw, 0, first + start, lanes), PARAM)
+        bits = to_bits_stochastic(param, random_bits(draw, 0, first + start, draw_lanes), PARAM)
         store_bits(param_ptr + offsets, bits, mask)
         param = from_bits(bits, PARAM)
     else:
@@ -200,7 +201,7 @@ def update_tile(
     for i in tl.static_range(len(STATES)):
         if STATES[i] is not None:
             if STOCHASTIC and STATES[i].primitive_bitwidth == 16:
-                bits = to_bits_stochastic(states[i], random_bits(draw, 1 + i, first + start, lanes), STATES[i])
+                bits = to_bits_stochastic(states[i], random_bits(draw, 1 + i, first + start, draw_lanes), STATES[i])
                 store_bits(state_ptrs[i] + offsets, bits, mask)
             else:
                 store(state_ptrs[i] + offsets, states[i], mask)
@@ -216,7 +217,8 @@ def update_tile(
     do_not_specialize=["first_tensor"],
 )
 def update(
-    rows_ptr,  # int64 [rows, 6 + len(STATES)]: numel, tensor, seed, addresses of parameter, states, KEPT, EMA, 0 = none
+    rows_ptr,  # int64 [rows, 7 + len(STATES)]: numel, tensor, seed, place of the first element in the whole tensor;
+    # addresses of parameter, states, KEPT, EMA, 0 = none
     grads_ptr,  # int64 [n_tensors]: address of the gradient, 0 = none in this step
     scalars_ptr,  # float64 [n_tensors, N_SCALARS + 2]: written by prepare
     control_ptr,  # float64 [2]: written by prepare
@@ -244,21 +246,21 @@ def update(
     if (grad_address == 0) | (tl.load(control_ptr + 1) != 0):
         return
 
-    row_ptr = rows_ptr + row * (6 + len(STATES))
-    param_address = tl.load(row_ptr + 3)
+    row_ptr = rows_ptr + row * (7 + len(STATES))
+    param_address = tl.load(row_ptr + 4)
     addresses = param_address
     state_addresses = ()
     for i in tl.static_range(len(STATES)):
-        state_address = tl.load(row_ptr + 4 + i)
+        state_address = tl.load(row_ptr + 5 + i)
         state_addresses += (state_address,)
         addresses |= state_address
     kept_address = param_address
     if KEPT is not None:
-        kept_address = tl.load(row_ptr + 4 + len(STATES))
+        kept_address = tl.load(row_ptr + 5 + len(STATES))
         addresses |= kept_address
     ema_address = param_address
     if EMA is not None:
-        ema_address = tl.load(row_ptr + 5 + len(STATES))
+        ema_address = tl.load(row_ptr + 6 + len(STATES))
         addresses |= ema_address
     grad_factor = tl.load(control_ptr).to(COMPUTE)
     scalars_ptr += tensor * (N_SCALARS + 2)
@@ -267,14 +269,20 @@ def update(
     for i in tl.static_range(N_SCALARS):
         scalars += (tl.load(scalars_ptr + i).to(COMPUTE),)
     draw = ()
+    shift = 0
     if STOCHASTIC:
-        draw = (tl.load(row_ptr + 2), tl.load(row_ptr + 1).to(tl.int32), tl.load(scalars_ptr + N_SCALARS).to(tl.int32))
+        step = tl.load(scalars_ptr + N_SCALARS).to(tl.int32)
+        place = tl.load(row_ptr + 3)
+        shift = (place % 8).to(tl.int32)
+        draw = (tl.load(row_ptr + 2), tl.load(row_ptr + 1).to(tl.int32), step, place - shift)
 
     first = chunk.to(tl.int64) * CHUNK_SIZE
     length = tl.minimum(tl.load(row_ptr) - first, CHUNK_SIZE).to(tl.int32)
     # [0, all_aligned) has 16-byte accesses everywhere, [all_aligned, aligned) everywhere but in the gradient,
     # the rest goes element by element. `// 8 * 8` tells the compiler what `& -8` would not.
     aligned = tl.where(addresses % 16 == 0, length // 8 * 8, 0)
+    if STOCHASTIC:  # in a shard that begins within eight elements that share random numbers, a thread's would be of two
+        aligned = tl.where(shift == 0, aligned, 0)
     all_aligned = tl.where(grad_address % 16 == 0, aligned, 0)
     lanes = tl.max_contiguous(tl.multiple_of(tl.arange(0, BLOCK_SIZE), CONTIGUITY), CONTIGUITY)
     # The tail has a block of its own size. In one of the same size, its loads would take the layout of the loops
@@ -285,18 +293,18 @@ def update(
     for start in range(0, all_aligned, BLOCK_SIZE):
         update_tile(
             param_address, grad_address, state_addresses, kept_address, ema_address, scalars, grad_factor, ema_weight,
-            draw, first, start, lanes, all_aligned, UPDATE, PARAM, GRAD, STATES, KEPT, EMA, STOCHASTIC,
+            draw, first, start, lanes, lanes, all_aligned, UPDATE, PARAM, GRAD, STATES, KEPT, EMA, STOCHASTIC,
             COMPUTE, ALIGN=16, GRAD_ALIGN=16,
         )  # fmt: skip
     for start in range(all_aligned, aligned, BLOCK_SIZE):
         update_tile(
             param_address, grad_address, state_addresses, kept_address, ema_address, scalars, grad_factor, ema_weight,
-            draw, first, start, lanes, aligned, UPDATE, PARAM, GRAD, STATES, KEPT, EMA, STOCHASTIC,
+            draw, first, start, lanes, lanes, aligned, UPDATE, PARAM, GRAD, STATES, KEPT, EMA, STOCHASTIC,
             COMPUTE, ALIGN=16, GRAD_ALIGN=1,
         )  # fmt: skip
     for start in range(aligned, length, TAIL_SIZE):
         update_tile(
             param_address, grad_address, state_addresses, kept_address, ema_address, scalars, grad_factor, ema_weight,
-            draw, first, start, tail_lanes, length, UPDATE, PARAM, GRAD, STATES, KEPT, EMA, STOCHASTIC,
-            COMPUTE, ALIGN=1, GRAD_ALIGN=1,
+            draw, first, start, tail_lanes, tail_lanes + shift, length, UPDATE, PARAM, GRAD, STATES, KEPT, EMA,
+            STOCHASTIC, COMPUTE, ALIGN=1, GRAD_ALIGN=1,
         )  # fmt: skip

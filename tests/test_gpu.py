@@ -198,17 +198,22 @@ def test_steps_on_another_stream():
     assert_same(optimizer, twin)
 
 
-def test_warmup_leaves_nothing_to_compile():
+@pytest.mark.parametrize("tensor_lr", [False, True])
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.5, "skip_nonfinite": True, "ema_decay": 0.9}], ids=str)
+def test_warmup_leaves_nothing_to_compile(options, tensor_lr):
     from fusedopt.kernels import gate, multi_tensor
 
-    def compiled():
-        kernels = (gate.sum_squares, multi_tensor.prepare, multi_tensor.update)
+    def versions():
+        kernels = multi_tensor.prepare, multi_tensor.update, gate.sum_squares
         return [sum(len(caches[0]) for caches in kernel.device_caches.values()) for kernel in kernels]
 
-    optimizer = fusedopt.NAdam(make_params(torch.float32), ema_decay=0.9, max_grad_norm=1.0)
+    lr = torch.tensor(0.1, device="cuda") if tensor_lr else 0.1
+    optimizer = fusedopt.NAdam(make_params(torch.float32), lr=lr, **options)
     fusedopt.warmup(optimizer)
-    ahead = compiled()
-    assert all(ahead)
+    compiled = versions()
     set_grads(params_of(optimizer), 0)
     optimizer.step()
-    assert compiled() == ahead
+    scaler = torch.amp.GradScaler("cuda")
+    scaler.scale(torch.ones((), device="cuda"))
+    scaler.step(optimizer)
+    assert versions() == compiled

@@ -13,9 +13,9 @@ from torch import Tensor
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
-from fusedopt.kernels import rounding as kernels  # noqa: E402
 
 from fusedopt import rounding  # noqa: E402
+from fusedopt.kernels import rounding as kernels  # noqa: E402
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 both_dtypes = pytest.mark.parametrize("dtype", [BF16, FP16], ids=name_of)
@@ -205,7 +205,7 @@ def test_philox_gives_the_known_answers(counter, key, expected):
 @triton.jit
 def write_random_bits(target_ptr, seed: tl.int64, tensor, step, stream, first: tl.int64, BLOCK_SIZE: tl.constexpr):
     lanes = tl.arange(0, BLOCK_SIZE)
-    bits = kernels.random_bits((seed, tensor, step), stream, first, lanes)
+    bits = kernels.random_bits((seed, tensor, step, 8), stream, first - 8, lanes)
     tl.store(target_ptr + first + lanes, bits.to(tl.int32))
 
 

@@ -1,4 +1,4 @@
-"""What training code does around an optimizer: schedulers, scalers, averages, wrappers, compilation."""
+"""What training code does around an optimizer: schedulers, scalers, averages, wrappers."""
 
 import copy
 
@@ -285,27 +285,6 @@ def test_moved_memory_is_not_kept_alive(name, backend):
     first.data = torch.zeros_like(first)
     first.grad = None
     assert [storage.expired() for storage in old] == [True, True]
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # from dynamo itself
-@both_backends
-@every_optimizer
-def test_a_compiled_training_step(name, backend):
-    models = make_model(), make_model()
-    pair = make(name, models[0].parameters(), backend=backend), make_torch(name, models[1].parameters())
-
-    def one(model, optimizer, step):
-        optimizer.zero_grad()
-        loss = loss_of(model, step)
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
-
-    torch._dynamo.reset()
-    compiled = torch.compile(one, backend="eager")
-    for step in range(3):
-        torch.testing.assert_close(compiled(models[0], pair[0], step), one(models[1], pair[1], step))
-    assert_same(*pair)
 
 
 @every_optimizer

@@ -1,0 +1,238 @@
+"""A small transformer learns text on several ranks, sharded by FSDP2, once with fusedopt and once with torch.optim.
+
+    torchrun --nproc-per-node 2 bench/train_fsdp.py
+
+Runs on GPUs with NCCL if every rank has one, else on CPUs with gloo. The text, read byte by byte, is that of the
+licences and descriptions of whatever Python packages are installed. Both sides begin with the same weights, get the
+same batches and clip gradients by the norm of the whole model, so that the two curves coincide but for rounding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from matplotlib.figure import Figure
+from tabulate import tabulate
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # torchrun starts a file, not a module
+
+import fusedopt
+from bench.demo import BLUE, ORANGE, Parser, backend_of, writable_file
+
+BYTES = 256
+CONTEXT, BATCH_SIZE = 64, 16  # of each rank
+WIDTH, HEADS, LAYERS = 96, 4, 2
+MOST_TEXT = 1 << 20
+ADAMW = {"lr": 2e-3, "betas": (0.9, 0.95), "weight_decay": 0.1}
+MAX_GRAD_NORM = 0.5
+REPORTED = 10  # how often the table and the figure show the loss, in parts of the run
+
+
+class Block(nn.Module):
+    """Attention to the bytes so far, and two layers that see one byte."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(2))
+        self.to_qkv, self.from_heads = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.layers = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.to_qkv(self.norms[0](x)).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+        heads = scaled_dot_product_attention(*qkv, is_causal=True)
+        x = x + self.from_heads(heads.transpose(1, 2).flatten(2))
+        return x + self.layers(self.norms[1](x))
+
+
+class Transformer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes, self.places = nn.Embedding(BYTES, WIDTH), nn.Embedding(CONTEXT, WIDTH)
+        self.blocks = nn.ModuleList(Block() for _ in range(LAYERS))
+        self.norm, self.scores = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, BYTES)
+
+    def forward(self, text: Tensor) -> Tensor:
+        x = self.bytes(text) + self.places.weight
+        for block in self.blocks:
+            x = block(x)
+        return self.scores(self.norm(x))
+
+
+@dataclass
+class Run:
+    """What one training leaves behind."""
+
+    backend: str
+    losses: list[float] = field(default_factory=list)  # of every step, over all ranks
+    step_times: list[float] = field(default_factory=list)  # seconds, clipping included
+    test_loss: float = float("nan")
+
+
+def find_text() -> bytes:
+    """Licences and descriptions of the installed packages, in the order of their names."""
+    found = {}
+    for package in metadata.distributions():
+        paths = [path for path in package.files or () if "LICENSE" in path.name.upper() and path.suffix != ".py"]
+        texts = [package.read_text("METADATA") or ""]
+        texts += [path.locate().read_text(errors="ignore") for path in paths if Path(path.locate()).is_file()]
+        found[package.name] = "\n".join(texts)
+    return "\n".join(found[name] for name in sorted(found)).encode()[:MOST_TEXT]
+
+
+def load_text(device: torch.device) -> Tensor:
+    """The same bytes on all ranks, those that the first one finds."""
+    found = [find_text() if dist.get_rank() == 0 else b""]
+    dist.broadcast_object_list(found, device=device)
+    return torch.frombuffer(bytearray(found[0]), dtype=torch.uint8).long().to(device)
+
+
+def batches(text: Tensor, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pieces of the text from random places, and the bytes that come next; other ones on each rank."""
+    generator = torch.Generator().manual_seed(seed * dist.get_world_size() + dist.get_rank())
+    for _ in range(steps):
+        starts = torch.randint(len(text) - CONTEXT, (BATCH_SIZE, 1), generator=generator).to(text.device)
+        pieces = text[starts + torch.arange(CONTEXT + 1, device=text.device)]
+        yield pieces[:, :-1], pieces[:, 1:]
+
+
+def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten())
+
+
+def mean_over_ranks(losses: Iterable[Tensor]) -> list[float]:
+    stacked = torch.stack(list(losses)).detach()
+    dist.all_reduce(stacked)
+    return (stacked / dist.get_world_size()).tolist()
+
+
+def train(library: str, text: Tensor, mesh: DeviceMesh, options: argparse.Namespace) -> Run:
+    """Train a new model with AdamW of this library."""
+    torch.manual_seed(options.seed)
+    model = Transformer().to(text.device)
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    if library == "fusedopt":
+        optimizer: torch.optim.Optimizer = fusedopt.AdamW(model.parameters(), max_grad_norm=MAX_GRAD_NORM, **ADAMW)
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
+    run = Run(backend_of(optimizer))
+    train_text, test_text = text[: -len(text) // 10], text[-len(text) // 10 :]
+    losses = []
+    for batch in tqdm(
+        batches(train_text, options.steps, options.seed),
+        library,
+        total=options.steps,
+        unit="step",
+        disable=dist.get_rank() != 0,
+    ):
+        loss = loss_of(model, batch)
+        loss.backward()
+        losses.append(loss.detach())
+        wait(text.device)
+        start = time.perf_counter()
+        if library != "fusedopt":
+            nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+        optimizer.step()
+        wait(text.device)
+        run.step_times.append(time.perf_counter() - start)
+        optimizer.zero_grad()
+    run.losses = mean_over_ranks(losses)
+    with torch.no_grad():
+        run.test_loss = statistics.mean(
+            mean_over_ranks(loss_of(model, batch) for batch in batches(test_text, 20, options.seed + 1))
+        )
+    return run
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def table(ours: Run, theirs: Run) -> str:
+    """The loss at some steps, each the mean of those since the last one."""
+    part = max(1, len(ours.losses) // REPORTED)
+    ends = range(part, len(ours.losses) + 1, part)
+    rows = [[end, *(f"{statistics.mean(run.losses[end - part : end]):.4f}" for run in (ours, theirs))] for end in ends]
+    rows.append(["test", *(f"{run.test_loss:.4f}" for run in (ours, theirs))])
+    rows.append(["step (ms)", *(f"{1000 * statistics.median(run.step_times):.2f}" for run in (ours, theirs))])
+    headers = ["steps", f"fusedopt ({ours.backend})", "torch.optim"]
+    return tabulate(rows, headers, disable_numparse=True, colalign=("left", "right", "right"))
+
+
+def draw(ours: Run, theirs: Run, title: str, path: Path) -> None:
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    panel = figure.subplots()
+    panel.plot(ours.losses, color=ORANGE, linewidth=4, label=f"fusedopt ({ours.backend})")
+    panel.plot(theirs.losses, color=BLUE, linewidth=1.2, linestyle=(0, (5, 3)), label="torch.optim")
+    panel.set_xlabel("step")
+    panel.set_ylabel("training loss (nats a byte)")
+    panel.set_title(title, loc="left", fontsize=10)
+    panel.grid(color="0.9")
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.legend(frameon=False)
+    figure.savefig(path, format="png", dpi=150)
+
+
+def start_process_group() -> torch.device:
+    """Where this rank computes."""
+    local_rank, local_size = (int(os.environ[key]) for key in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    if torch.cuda.device_count() >= local_size:
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", device_id=device)
+        return device
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
+    dist.init_process_group("gloo")
+    return torch.device("cpu")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser(prog="bench/train_fsdp.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    add = parser.add_argument
+    add("--steps", type=int, default=300, metavar="N", help="of each training (default: %(default)s)")
+    add("--out", type=writable_file, default="train-fsdp.png", metavar="PNG", help="the figure (default: %(default)s)")
+    add("--seed", type=int, default=0, metavar="N", help="of weights and batches (default: %(default)s)")
+    options = parser.parse_args()
+    if options.steps < 1:
+        parser.error("argument --steps: must be at least 1")
+    if "LOCAL_RANK" not in os.environ:
+        parser.error("start it with torchrun --nproc-per-node 2 bench/train_fsdp.py")
+    return options
+
+
+def main() -> None:
+    """Train twice, print and draw."""
+    options = parse_arguments()
+    device = start_process_group()
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    text = load_text(device)
+    ours, theirs = (train(library, text, mesh, options) for library in ("fusedopt", "torch.optim"))
+    if dist.get_rank() == 0:
+        where = f"{dist.get_world_size()} ranks on {device.type}, {dist.get_backend()}, torch {torch.__version__}"
+        print(f"\n{where}; {len(text):,} bytes of text; AdamW, gradients clipped to {MAX_GRAD_NORM}")
+        print(table(ours, theirs))
+        print("Loss in nats a byte, the mean of the steps since the row above; median time of clipping and step.")
+        draw(ours, theirs, where, options.out)
+        print(f"Loss curves: {options.out}")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
