@@ -148,6 +148,7 @@ class Tables:
             sections += [rows.reshape(-1), chunks_of(rows[:, 0], signature.tiling[1])]
         self.static, bounds = _pack(sections)
         self._graphs: list[Any] = []  # what captured graphs read, which may neither change nor go
+        self._spare: Tensor | None = None
         self._static = self._upload(self.static)
         self._groups, self._scalar_states, *tables = _slices(self._static, bounds)
         n_squares = len(self._squares.sections)
@@ -172,7 +173,6 @@ class Tables:
         self._n_hyper = 0
         self._known: Any = None  # what the last `read` was told
         self._dynamic: list[Tensor] = []  # and the same on the device
-        self._spare: Tensor | None = None
 
     def is_current(self) -> bool:
         """Whether the tables can be used on the current stream: on that which they were made on and owns their memory.
@@ -282,24 +282,23 @@ class Tables:
 
     def _upload(self, array: Array) -> Tensor:
         """A copy on the device. The pinned source may go: torch's host allocator keeps it until it has been read."""
-        host = torch.from_numpy(array)
-        if self.device.type == "cuda":
-            host = self._pinned(len(array))
-            host.numpy()[:] = array
+        host = self._staging(len(array))
+        host.numpy()[:] = array
         copy = host.to(self.device, non_blocking=True)
         if backend.is_capturing():  # a graph reads the source again at each replay
             self._graphs.append((host, copy))
         return copy
 
-    def _pinned(self, size: int) -> Tensor:
+    def _staging(self, size: int) -> Tensor:
         """Pinned memory: a captured copy reads from no other, and PyTorch 2.10 can allocate none while it captures."""
+        pinned = self.device.type == "cuda"
         if backend.is_capturing():
             spare, self._spare = self._spare, None
             if spare is not None and len(spare) == size:
                 return spare
         elif self._spare is None or len(self._spare) != size:
-            self._spare = torch.empty(size, dtype=torch.int64, pin_memory=True)  # for a capture that may come
-        return torch.empty(size, dtype=torch.int64, pin_memory=True)
+            self._spare = torch.empty(size, dtype=torch.int64, pin_memory=pinned)  # for a capture that may come
+        return torch.empty(size, dtype=torch.int64, pin_memory=pinned)
 
     def _on_device(self) -> AbstractContextManager[Any]:
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()

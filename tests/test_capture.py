@@ -168,11 +168,11 @@ def test_a_capture_allocates_no_pinned_memory(graph, monkeypatch):
         return allocated[-1]
 
     monkeypatch.setattr(torch, "empty", empty)
-    before = tables._pinned(10)
+    before = tables._staging(10)
     with graph:
-        captured = tables._pinned(10)
+        captured = tables._staging(10)
         assert len(allocated) == 2
-    after = tables._pinned(10)
+    after = tables._staging(10)
     assert captured is not before
     assert after is not captured
     assert tables._spare is not captured
