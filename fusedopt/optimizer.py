@@ -98,9 +98,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         ``ema_step`` (0-d), which counts its updates.
 
     Raises:
-        TypeError: the class does not declare what is asked for above, or its parts disagree; `seed` is no int.
+        TypeError: the class does not declare what is asked for above, or its parts disagree; `seed` is no int;
+            `max_grad_norm` or `ema_decay` is no number, `skip_nonfinite` no bool.
         ValueError: unknown backend; ``backend="triton"`` for a parameter that the kernels cannot step; options for low
-            precision that are unknown, exclude each other, or have nothing to act on.
+            precision that are unknown, exclude each other, or have nothing to act on; `max_grad_norm` or `ema_decay`
+            outside its range; `max_grad_norm` or `skip_nonfinite` not the same in all groups.
         RuntimeError: ``differentiable=True``; ``fused`` and ``foreach`` both true; ``backend="triton"`` without Triton.
     """
 
@@ -238,7 +240,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             closure: reevaluates the model and returns the loss, which is then returned.
 
         Raises:
-            RuntimeError: a gradient or state does not fit its parameter. Nothing has been written then.
+            RuntimeError: a gradient or state does not fit its parameter.
+            ValueError, TypeError: an option that was set since is one that the constructor would have refused.
+
+        Nothing has been written then.
         """
         loss = None
         if closure is not None:

@@ -138,6 +138,23 @@ def test_groups_may_differ(backend):
     assert "ema" not in optimizer.state[params[2]]
 
 
+def test_sparse_gradients(backend):
+    """Which the reference takes. Rows without a gradient have moved too, by momentum."""
+    param = make_params(FP32)[0]
+    optimizer = fusedopt.SGD([param], 0.1, momentum=0.9, backend=backend, ema_decay=0.5, skip_nonfinite=True)
+    average = None
+    for value in (1.0, 2.0, float("nan"), 3.0):
+        rows = torch.tensor([[1, 1]], device=DEVICE)
+        values = torch.full((2, 4), value, device=DEVICE)
+        param.grad = torch.sparse_coo_tensor(rows, values, (3, 4), check_invariants=True)
+        optimizer.step()
+        if value == value:
+            weights = Bounded.of(exact(param))
+            average = weights if average is None else average * 0.5 + weights * 0.5
+        assert_close(optimizer.state[param]["ema"], average)
+    assert optimizer.skipped_steps == 1
+
+
 def test_is_switched_on_and_off(backend):
     optimizer = make(backend, ema_decay=None)
     twin = make(backend, ema_decay=None)
