@@ -189,8 +189,10 @@ COPIES = {
 }
 
 
-@pytest.mark.parametrize("how", COPIES)
-@every_mode
+COPIED = [(mode, "file") for mode in AVERAGED] + [(AVERAGED[2], how) for how in ("deepcopy", "pickle")]
+
+
+@pytest.mark.parametrize(("mode", "how"), COPIED, ids=[f"{mode.id}-{how}" for mode, how in COPIED])
 def test_a_resumed_run_gives_the_bits_of_an_unbroken_one(backend, mode, how):
     unbroken, first = (make(backend, make_params(mode.dtype), **mode.options) for _ in range(2))
     train(unbroken, range(4))
