@@ -172,12 +172,13 @@ def compile_sum_squares(grad: torch.dtype, target: str) -> MachineCode:
 
 def specializations(kernel: Kernel, target: str, number: int) -> list[str]:
     """What Triton's cache of compiled kernels knows a launch by, where every argument that may change is `number`."""
-    from fusedopt.kernels import multi_tensor
+    from fusedopt.kernels import gate, multi_tensor
 
     update, prepare = _update_constants(kernel), _prepare_constants(kernel, hyper_tensors=False)
     return [
         str(_specialization(multi_tensor.update, {"first_tensor": number, **update}, target)),
         str(_specialization(multi_tensor.prepare, {"n_tensors": number, "n_partials": number, **prepare}, target)),
+        str(_specialization(gate.sum_squares, {"n_chunks": number, **squares_constants(torch.float32)}, target)),
     ]
 
 
@@ -313,11 +314,11 @@ def _gpu(target: str) -> Any:
 
 def main() -> None:
     """Print instructions per element of the aligned loop and registers, for every kernel."""
-    from tests.cases import CASES, MODES
+    from tests.cases import AVERAGED, CASES, MODES
 
     for target in TARGETS:
         print(f"\n{target:<75} per element  fast path  registers")
-        for kernel in kernels_of(CASES, MODES):
+        for kernel in kernels_of(CASES, [*MODES, *AVERAGED]):
             result = report(kernel, target)
             numbers = f"{result.instructions:>11.1f} {result.fast_instructions:>10.1f} {result.registers:>10}"
             print(f"{kernel.id:<75} {numbers}", flush=True)

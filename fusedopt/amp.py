@@ -16,17 +16,15 @@ CLIPPERS = ("lightning", "lightning_fabric", "pytorch_lightning")
 STEP_WATCHERS = ("accelerate",)
 
 
-def wants_no(optimizer: Any, asker: FrameType) -> bool:
-    """Whether unscaling and skipping is to be left to GradScaler, even if the step can do it.
+def is_clipper(asker: FrameType) -> bool:
+    """Whether the function with this frame only wants to know whether it may unscale and clip."""
+    return _package(asker.f_globals.get("__name__")) in CLIPPERS
 
-    Args:
-        optimizer: which has been asked.
-        asker: the frame of the function that asks.
-    """
+
+def is_watched(optimizer: Any) -> bool:
+    """Whether somebody takes a step for skipped only if GradScaler does not call it."""
     step = vars(optimizer).get("step")
-    return _package(asker.f_globals.get("__name__")) in CLIPPERS or (
-        step is not None and _package(getattr(step, "__module__", None)) in STEP_WATCHERS
-    )
+    return step is not None and _package(getattr(step, "__module__", None)) in STEP_WATCHERS
 
 
 def _package(module: Any) -> str:

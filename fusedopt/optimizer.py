@@ -269,13 +269,15 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         Where parameters are sharded, the step asks all ranks whether to skip, in kernels or not. GradScaler does not.
         """
-        if amp.wants_no(self, sys._getframe(1)):
+        if amp.is_clipper(sys._getframe(1)):
             return False
         if self._steps_in_backward:
             raise RuntimeError(
                 "GradScaler cannot be used with step_in_backward: when it would unscale or skip, the parameters have "
                 "stepped, by scaled gradients"
             )
+        if amp.is_watched(self):
+            return False
         if any(is_sharded(param) for group in self.param_groups for param in group["params"]):
             return True
         return self._all_in_kernels

@@ -198,11 +198,6 @@ def update_tile(
         store(kept_ptr + offsets, param, mask)
     elif KEPT == "kahan_comp":
         store(kept_ptr + offsets, param - nearest(param, PARAM), mask)
-    if EMA is not None:
-        ema_ptr = tl.multiple_of(ema_address.to(tl.pointer_type(EMA)), ALIGN) + first
-        if KEPT is None and PARAM.primitive_bitwidth == 16:
-            param = nearest(param, PARAM)
-        store(ema_ptr + offsets, lerp(load(ema_ptr + offsets, mask, COMPUTE), param, ema_weight), mask)
     for i in tl.static_range(len(STATES)):
         if STATES[i] is not None:
             if STOCHASTIC and STATES[i].primitive_bitwidth == 16:
@@ -210,6 +205,11 @@ def update_tile(
                 store_bits(state_ptrs[i] + offsets, bits, mask)
             else:
                 store(state_ptrs[i] + offsets, states[i], mask)
+    if EMA is not None:
+        ema_ptr = tl.multiple_of(ema_address.to(tl.pointer_type(EMA)), ALIGN) + first
+        if KEPT is None and PARAM.primitive_bitwidth == 16:
+            param = nearest(param, PARAM)
+        store(ema_ptr + offsets, lerp(load(ema_ptr + offsets, mask, COMPUTE), param, ema_weight), mask)
 
 
 @triton.jit(

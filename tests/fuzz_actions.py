@@ -8,12 +8,15 @@ import copy
 import io
 import pickle
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import nn
 from torch.optim.lr_scheduler import ExponentialLR
+from twins import snapshot
 
 from fusedopt.declaration import RESERVED
+from fusedopt.options import DEFAULTS, SHARED
 
 NUMBERS = {
     "lr": [0.01, 0.05, 0.2],
@@ -214,7 +217,8 @@ class Actions:
     def group_added(self, draw):
         options = {key: draw(st.sampled_from(NUMBERS[key])) for key in ("lr", "weight_decay")}
         for optimizer, p in zip((self.ours, self.theirs), self.new_pair(draw), strict=True):
-            optimizer.add_param_group({"params": [p], **options})
+            shared = {key: value for key, value in optimizer.param_groups[0].items() if key in SHARED}
+            optimizer.add_param_group({"params": [p], **options, **shared})
 
     def group_boundary_moved(self, draw):
         """The parameters of all groups, one after the other, stay as they are."""
@@ -327,6 +331,39 @@ class Actions:
             self.ours.state[p]["step"].fill_(7)
             self.theirs.state[q]["step"].fill_(7)
 
+    # What comes around the step.
+
+    def clipped(self, draw):
+        self.set_option("max_grad_norm", draw(st.sampled_from([None, 0.5, 5.0, 1e4])))
+
+    def averaged(self, draw):
+        self.set_option("ema_decay", draw(st.sampled_from([None, 0.0, 0.5, 0.999])))
+
+    def set_option(self, name, value):
+        for group, _ in self.groups:
+            group[name] = value
+
+    def scaled(self, draw):
+        """As GradScaler leaves the optimizer; None where it has unscaled already."""
+        self.ours.grad_scale = draw(st.sampled_from([None, 0.5, 3.0]))
+        self.ours.found_inf = 0.0
+        self.step()
+        del self.ours.grad_scale, self.ours.found_inf
+
+    def overflowed(self, draw):
+        """Skipped, unless that would create states which the twin lacks."""
+        if self.case.optimizer == "SGD" or all(self.theirs.state.get(q) for p, q in self.pairs if p.grad is not None):
+            self.ours.found_inf = 1.0
+            self.skipped_step()
+            del self.ours.found_inf
+
+    def evaluated_with_averages(self, draw):
+        before = snapshot(self.ours)
+        if any(group.get("ema_decay") is not None for group, _ in self.groups):
+            with self.ours.swap_ema(), pytest.raises(RuntimeError, match="step within swap_ema"):
+                self.ours.step()
+        assert snapshot(self.ours) == before
+
     # The whole optimizer.
 
     def loaded_from_itself(self, draw):
@@ -352,6 +389,8 @@ class Actions:
         self.theirs.load_state_dict(copy.deepcopy(self.ours.state_dict()))
         for group in self.theirs.param_groups:
             group["foreach"] = False
+            for key in DEFAULTS:
+                group.pop(key, None)
         for name in RESERVED:
             self.drop_of(self.theirs, name)
 
@@ -371,4 +410,4 @@ class Actions:
         self.step(closure)
 
 
-ACTIONS = [name for name in vars(Actions) if not name.startswith("_")]
+ACTIONS = [name for name in vars(Actions) if not name.startswith("_") and name != "set_option"]

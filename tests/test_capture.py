@@ -158,6 +158,26 @@ def test_what_a_graph_reads_is_kept(graph):
         torch.UntypedStorage._free_weak_ref(ref)
 
 
+def test_a_capture_allocates_no_pinned_memory(graph, monkeypatch):
+    """PyTorch records a copy from pinned memory only, and cannot always allocate any meanwhile."""
+    tables = stepped(make())._plan._kernels._tables[0]
+    allocated = []
+
+    def empty(*size, pin_memory, **options):
+        allocated.append(torch.ones(*size, **options))
+        return allocated[-1]
+
+    monkeypatch.setattr(torch, "empty", empty)
+    before = tables._pinned(10)
+    with graph:
+        captured = tables._pinned(10)
+        assert len(allocated) == 2
+    after = tables._pinned(10)
+    assert captured is not before
+    assert after is not captured
+    assert tables._spare is not captured
+
+
 def test_two_graphs(graph, monkeypatch):
     optimizer = stepped(make())
     twin = copy.deepcopy(optimizer)

@@ -13,15 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import CASES, MODES
-from compiled_kernels import compiled_for
+from cases import CASES
+from compiled_kernels import EVERY_MODE, GRADIENTS, compiled_for
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench.machine_code import TARGETS, kernels_of
 
-KERNELS = kernels_of(CASES, MODES)
+KERNELS = kernels_of(CASES, EVERY_MODE)
 COMPILED = [(kernel, target) for kernel in KERNELS for target in compiled_for(kernel)]
+NAMES = {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 RULES = sorted({kernel.optimizer.kernel for kernel in KERNELS})
 
 
@@ -155,6 +156,20 @@ def test_prepare(compiled, rule, hyper_tensors, target):
     assert report["name"] == f"fusedopt_prepare_{rule}_scalars"
     assert report["local_bytes"] == 0
     assert report["shared_bytes"] <= 64  # in which the warps add up the sums of squares
+
+
+@pytest.mark.parametrize("grad", GRADIENTS)
+@pytest.mark.parametrize("target", TARGETS)
+def test_sum_squares(compiled, grad, target):
+    """Two loops, of 16-byte accesses and of single elements; shared memory for the warps to add up their sums only."""
+    report = compiled[f"sum_squares {grad} {target}"]
+    assert report["name"] == f"fusedopt_sum_squares_{NAMES[grad]}"
+    assert report["local_bytes"] == 0
+    assert report["shared_bytes"] <= 64
+    elements = 1024 // (4 * TARGETS[target][2])
+    size = getattr(torch, grad).itemsize
+    wide = min(16, elements * size)
+    assert report["loops"] == [{f"load {wide}": elements * size // wide}, {f"load {size}": elements}]
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -109,6 +109,10 @@ def test_gradients_with_other_placements_are_redistributed(backend):
             distribute_tensor(values, mesh, [Replicate()]),
             distribute_tensor(values, mesh, [Shard(1)]),
             distribute_tensor(values, mesh, [Shard(0)]),
+            # Not waited for: what lies in it is a promise of a tensor.
+            DTensor.from_local(values * (0.25 if rank else 0.75), mesh, [Partial()]).redistribute(
+                placements=[Shard(0)], async_op=True
+            ),
         ]
     ):
         before = grad._local_tensor.clone()

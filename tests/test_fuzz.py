@@ -18,8 +18,10 @@ from fuzz_actions import ACTIONS, Actions, choose, lay
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from twins import bits
 
 import fusedopt
+from fusedopt.averaging import EMA, EMA_STEP
 from fusedopt.declaration import RESERVED
 from fusedopt.precision import KAHAN_COMP, MASTER_PARAM, ROUNDING_STEP, kept_state, state_dtype
 
@@ -82,7 +84,7 @@ class Twins(Actions):
     def pick_state(self, draw):
         """A parameter and the name of one of its states; None where there is none yet."""
         p, q = self.pick(draw)
-        names = sorted(self.ours.state.get(p, {}).keys() - {*self.ours.scalar_states, ROUNDING_STEP})
+        names = sorted(self.ours.state.get(p, {}).keys() - {*self.ours.scalar_states, ROUNDING_STEP, EMA_STEP})
         return p, q, draw(st.sampled_from(names)) if names else None
 
     def follow_dtype(self, p, q):
@@ -121,8 +123,15 @@ class Twins(Actions):
                     self.theirs.state[q] = {**fresh, **state}
 
     def give_gradients(self):
-        for p, q in self.pairs:
-            q.grad = None if p.grad is None else lay(p.grad).to(q.dtype)
+        """Unscaled and clipped, in float64."""
+        self.grads = [None if p.grad is None else lay(p.grad) for p, _ in self.pairs]
+        factor = 1 / (getattr(self.ours, "grad_scale", None) or 1.0)
+        max_grad_norm = self.ours.param_groups[0].get("max_grad_norm")
+        if max_grad_norm is not None:
+            squares = sum(grad.to(torch.complex128).abs().square().sum() for grad in self.grads if grad is not None)
+            factor *= min(1.0, max_grad_norm / (factor * float(squares) ** 0.5 + 1e-6))
+        for (_, q), grad in zip(self.pairs, self.grads, strict=True):
+            q.grad = None if grad is None else grad.to(q.dtype) * factor
 
     def value_of(self, p):
         """What a parameter stands for: of 16 bits, also what its rounding lost, as long as nobody has written it."""
@@ -135,6 +144,28 @@ class Twins(Actions):
         return torch.from_numpy(kept.astype("float32")).to(p.device).reshape(p.shape)
 
     @torch.no_grad()
+    def skipped_step(self):
+        """A step of fusedopt alone, which leaves the parameters as they are; the next ones tell of the states."""
+        self.give_gradients()
+        before = [bits(p) for p, _ in self.pairs]
+        self.ours.step()
+        self.fill_in()
+        assert [bits(p) for p, _ in self.pairs] == before
+
+    def averages(self):
+        """The average of each parameter, None where it has none, or one that has not begun."""
+        states = [self.ours.state.get(p, {}) for p, _ in self.pairs]
+        return [state[EMA].clone() if EMA in state and state.get(EMA_STEP) != 0 else None for state in states]
+
+    def check_average(self, p, before, tolerance, what):
+        """It has moved towards the parameter, or begun with it."""
+        decay = next(group for group, _ in self.groups if any(p is param for param in group["params"])).get("ema_decay")
+        if decay is not None:
+            value = self.value_of(p)
+            true = value if before is None else before + (1 - decay) * (value - before)
+            assert_near(self.ours.state[p][EMA], true, value, tolerance, f"average of {what}")
+
+    @torch.no_grad()
     def step(self, closure=None):
         """One step of each; then everything must be equal."""
         self.give_gradients()
@@ -144,6 +175,7 @@ class Twins(Actions):
         places = [(p.data_ptr(), p.stride(), p.dtype) for p, _ in pairs]
         versions = [p._version for p, _ in pairs]
         states = [self.ours.state.get(p, {}) for p, _ in pairs]
+        averages = self.averages()
         dtypes = [{name: state[name].dtype for name in state.keys() & self.ours.states} for state in states]
         new_dtypes = [state_dtype(p, group) for group, _ in self.groups for p in group["params"]]
         assert self.ours.step(closure) == (closure and 1.5)
@@ -162,8 +194,10 @@ class Twins(Actions):
             assert (p.data_ptr(), p.stride(), p.dtype) == places[i], "the step moved a parameter"
             if p.grad is not None:
                 assert p._version > versions[i] or not p.numel(), "the step did not tell autograd"
-                assert torch.equal(lay(p.grad).to(q.dtype), q.grad), "the step wrote into a gradient"
+                assert bits(lay(p.grad)) == bits(self.grads[i]), "the step wrote into a gradient"
             near = tolerances[p.data_ptr()]
+            if p.grad is not None and sum(p.data_ptr() == other.data_ptr() for other, _ in pairs) == 1:
+                self.check_average(p, averages[i], near, f"parameter {i}")
             assert_near(self.value_of(p), q.detach(), before[i][""], near, f"parameter {i}")
             for name, true in self.theirs.state.get(q, {}).items():
                 mine, what = self.ours.state[p][name], f"{name} of parameter {i}"

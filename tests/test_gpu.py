@@ -95,6 +95,26 @@ def test_a_whole_training_step_is_captured():
     torch.testing.assert_close(list(model.parameters()), list(twin.parameters()))
 
 
+def test_graphs_and_steps_take_turns():
+    """Each graph has the numbers of its capture, whatever the optimizer has done since."""
+    optimizer = warmed_up(fusedopt.NAdam(make_params(torch.float32), lr=0.1, capturable=True, max_grad_norm=1.0))
+    twin = copy.deepcopy(optimizer)
+    set_grads(params_of(twin), 0)
+    graphs = {lr: torch.cuda.CUDAGraph() for lr in (0.1, 0.7)}
+    for lr, graph in graphs.items():
+        optimizer.param_groups[0]["lr"] = lr
+        with torch.cuda.graph(graph):
+            optimizer.step()
+    for seed, lr in enumerate((0.1, 0.3, 0.7, 0.1, 0.5, 0.5, 0.7), start=2):
+        static_grads(optimizer, seed)
+        static_grads(twin, seed)
+        optimizer.param_groups[0]["lr"] = twin.param_groups[0]["lr"] = lr
+        graphs[lr].replay() if lr in graphs else optimizer.step()
+        twin.step()
+        assert_same(optimizer, twin)
+
+
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
 def test_capture_asks_for_capturable():
     optimizer = warmed_up(fusedopt.Adam(make_params(torch.float32)))
     with pytest.raises(RuntimeError, match="capturable=True"), torch.cuda.graph(torch.cuda.CUDAGraph()):
@@ -146,8 +166,9 @@ def test_grad_scaler_skips_on_overflow():
 
 
 def test_norm_has_the_same_bits_whatever_runs_beside():
-    params = [torch.nn.Parameter(torch.randn(1_000_003, device="cuda")) for _ in range(5)]
-    set_grads_on_device(params, 1)
+    params = [torch.nn.Parameter(torch.randn(1_000_003, device="cuda")) for _ in range(50)]  # more chunks than programs
+    for param in params:
+        param.grad = torch.randn_like(param)
     optimizer = fusedopt.SGD(params, lr=0.0, max_grad_norm=1.0)
     norms = []
     for _ in range(20):
@@ -157,6 +178,8 @@ def test_norm_has_the_same_bits_whatever_runs_beside():
         optimizer.step()
         norms.append(optimizer.grad_norm)
     assert len(set(map(float, norms))) == 1
+    expected = sum(param.grad.double().square().sum() for param in params).sqrt()
+    torch.testing.assert_close(norms[0], expected, rtol=1e-12, atol=0)
 
 
 def test_steps_on_another_stream():
@@ -175,17 +198,22 @@ def test_steps_on_another_stream():
     assert_same(optimizer, twin)
 
 
-def test_warmup_leaves_nothing_to_compile():
-    from fusedopt.kernels import multi_tensor
+@pytest.mark.parametrize("tensor_lr", [False, True])
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.5, "skip_nonfinite": True, "ema_decay": 0.9}], ids=str)
+def test_warmup_leaves_nothing_to_compile(options, tensor_lr):
+    from fusedopt.kernels import gate, multi_tensor
 
-    optimizer = fusedopt.NAdam(make_params(torch.float32), ema_decay=0.9)
+    def versions():
+        kernels = multi_tensor.prepare, multi_tensor.update, gate.sum_squares
+        return [sum(len(caches[0]) for caches in kernel.device_caches.values()) for kernel in kernels]
+
+    lr = torch.tensor(0.1, device="cuda") if tensor_lr else 0.1
+    optimizer = fusedopt.NAdam(make_params(torch.float32), lr=lr, **options)
     fusedopt.warmup(optimizer)
-    compiled = [sum(len(caches[0]) for caches in kernel.device_caches.values()) for kernel in kernels(multi_tensor)]
+    compiled = versions()
     set_grads(params_of(optimizer), 0)
     optimizer.step()
-    after = [sum(len(caches[0]) for caches in kernel.device_caches.values()) for kernel in kernels(multi_tensor)]
-    assert compiled == after
-
-
-def kernels(module):
-    return module.prepare, module.update
+    scaler = torch.amp.GradScaler("cuda")
+    scaler.scale(torch.ones((), device="cuda"))
+    scaler.step(optimizer)
+    assert versions() == compiled

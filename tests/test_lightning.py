@@ -14,12 +14,16 @@ from loops import (
     mine,
 )
 from torch.optim.lr_scheduler import StepLR
-from twins import BACKENDS
+from twins import BACKENDS, params_of
+
+import fusedopt
 
 lightning = pytest.importorskip("lightning", reason="needs the extra [integrations]")
 
 from lightning.fabric import Fabric
 from lightning.fabric.plugins import MixedPrecision as FabricMixedPrecision
+from lightning.fabric.strategies import SingleDeviceStrategy
+from lightning.fabric.wrappers import _FabricOptimizer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins import MixedPrecision
 
@@ -99,16 +103,24 @@ def test_manual_optimization(backend, precision):
     assert_trained_the_same(run, backend)
 
 
+@pytest.mark.parametrize(
+    "wrap", [LightningOptimizer, lambda optimizer: _FabricOptimizer(optimizer, SingleDeviceStrategy())]
+)
 @both_backends
-def test_what_a_wrapper_knows(backend):
-    """It is of a class made at run time, and its own state is not the optimizer's."""
+def test_what_a_wrapper_knows(backend, wrap):
+    """It is of a class made at run time, and what it has not itself it asks of the optimizer."""
     optimizer = mine(backend, max_grad_norm=1.0, ema_decay=0.9)(make_net().parameters())
-    wrapper = LightningOptimizer(optimizer)
-    for param in optimizer.param_groups[0]["params"]:
+    wrapper = wrap(optimizer)
+    assert isinstance(wrapper, fusedopt.AdamW)
+    for param in params_of(optimizer):
         param.grad = torch.ones_like(param)
+    optimizer.found_inf = torch.ones((), device=DEVICE)
     optimizer.step()
+    del optimizer.found_inf
+    optimizer.step()
+    assert wrapper.skipped_steps == optimizer.skipped_steps == 1
     assert wrapper.grad_norm is optimizer.grad_norm
-    assert wrapper.grad_norm == pytest.approx(sum(param.numel() for param in wrapper.param_groups[0]["params"]) ** 0.5)
+    assert wrapper.grad_norm == pytest.approx(sum(param.numel() for param in params_of(wrapper)) ** 0.5)
     assert repr(wrapper).partition("\n")[2] == repr(optimizer).partition("\n")[2]
     for outer, inner in ((wrapper, optimizer), (optimizer, wrapper)):
         with outer.swap_ema():

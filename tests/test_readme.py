@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import CASES, MODES, Case, Mode
+from cases import AVERAGED, CASES, MODES, Case, Mode
 from compiled_kernels import compiled_for
 
 import fusedopt
@@ -75,6 +75,14 @@ def test_table_of_modes(weights, options, bytes_moved):
 
 def test_every_mode_of_the_table_is_read():
     assert len(MODE_ROWS) == 9
+
+
+@pytest.mark.parametrize("mode", AVERAGED, ids=lambda mode: mode.id)
+def test_bytes_of_an_average(mode):
+    plain = Mode(mode.dtype, {key: value for key, value in mode.options.items() if key != "ema_decay"})
+    for case in BY_STATES[1:]:
+        assert kernel_in(case, mode).bytes_per_element == kernel_in(case, plain).bytes_per_element + 8
+    assert "8 bytes more for an element" in README
 
 
 def test_every_optimizer_is_in_the_table():

@@ -20,13 +20,15 @@ class Launches:
 
     def __init__(self, monkeypatch):
         self.seen = set()
+        self.empty = False
         self.make = fusedopt.tables.launch
         monkeypatch.setattr(fusedopt.tables, "launch", self)
 
     def __call__(self, kernel, programs, *args, **constants):
         types = [arg.dtype if isinstance(arg, torch.Tensor) else type(arg) for arg in args]
         self.seen.add((kernel.fn.__name__, str(types), str(constants)))
-        self.make(kernel, programs, *args, **constants)
+        if not self.empty:
+            self.make(kernel, programs, *args, **constants)
 
     def pop(self):
         seen, self.seen = self.seen, set()
@@ -59,8 +61,10 @@ def assert_foretold(launches, optimizer, take_steps):
     fusedopt.warmup(optimizer)
     assert everything(optimizer) == before
     foretold = launches.pop()
+    launches.empty = True
     take_steps()
     assert launches.pop() == foretold
+    launches.empty = False
     assert foretold
 
 
