@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -168,3 +169,16 @@ def test_what_is_missing_keeps_nobody_else_from_running(monkeypatch, capsys, tmp
     assert everything.main() == 2
     assert ran == ["pytest", "pytest", "bench.report"]
     assert "left out: triton not installed" in capsys.readouterr().out
+
+
+def test_results_that_the_readme_shows_are_there():
+    shown = re.findall(r"\]\((bench/results/[^)]+)\)", (ROOT / "README.md").read_text())
+    assert shown
+    assert [path for path in shown if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "bench" / "results").glob("*-20??-??-??.json")), ids=lambda path: path.stem
+)
+def test_a_committed_report_is_that_of_its_result(path):
+    assert report.markdown(json.loads(path.read_text())) == path.with_suffix(".md").read_text()
