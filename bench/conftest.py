@@ -115,17 +115,18 @@ def comparison(request: pytest.FixtureRequest, machine: Machine) -> dict[str, Ro
     """The rows of a comparison by contender."""
     asked: Comparison = request.param
     session = request.config.stash[SESSION]
-    if session.is_over:
-        session.left_out.append(f"{asked.kind} {asked.id}: the time was over")
-        pytest.skip("the time was over")
     calls = map(_call, request.session.items)
+    wanted = {call["contender"] for call in calls if call.get("comparison") is asked}
     try:
-        rows = asked.run(machine, {call["contender"] for call in calls if call.get("comparison") is asked})
-    except Exception as error:
-        session.left_out.append(f"{asked.kind} {asked.id}: {type(error).__name__}: {error}")
+        if session.is_over:
+            pytest.skip("the time was over")
+        rows = asked.run(machine, wanted)
+        session.rows[asked.kind] += rows
+    except (Exception, pytest.skip.Exception) as error:
+        session.left_out.append(f"{asked.kind} {asked.id}: {error}")
         raise
-    session.rows[asked.kind] += rows
-    session.write()
+    finally:
+        session.write()
     return {row.contender: row for row in rows}
 
 
