@@ -2,6 +2,7 @@
 # `make gpu` runs with the Python that is there (PYTHON=...), for machines that can install nothing.
 
 PYTHON ?= python3
+OUT ?= bench/results
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -22,7 +23,8 @@ bench: $(VENV)/bench.done
 	$(BIN)/python -m bench
 
 gpu:
-	$(PYTHON) -m bench --gpu-tests --budget 360
+	$(PYTHON) -c "import fusedopt.kernels" 2>/dev/null || ln -s ../kernels fusedopt/kernels
+	$(PYTHON) -m bench --gpu-tests --budget 360 --out $(OUT)
 
 lint: $(VENV)/lint.done
 	$(BIN)/ruff format --check .
@@ -31,3 +33,4 @@ lint: $(VENV)/lint.done
 
 clean:
 	rm -rf $(VENV) build *.egg-info
+	test ! -L fusedopt/kernels || rm fusedopt/kernels

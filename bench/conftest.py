@@ -25,7 +25,7 @@ class Session:
         self._path = path
         self._circumstances = circumstances("pytest", torch.device(default_device()))
         self._circumstances["peers"] = {name: version(name) for name in (OPTIMI, FLASHOPTIM)}
-        self.rows: dict[str, list[Row]] = {"step": [], "pipeline": [], "scale": []}
+        self.rows: dict[str, list[Row]] = {kind: [] for kind in KINDS}
         self.left_out = [] if torch.cuda.is_available() else list(LEFT_OUT_ON_CPU)
         self._end = None if budget is None else time.monotonic() + budget
 
@@ -53,6 +53,7 @@ class Clock:
         self.now += next(samples)
 
 
+KINDS = ["step", "pipeline", "scale"]
 SESSION = pytest.StashKey[Session]()
 CLOCK = Clock()
 
@@ -80,7 +81,7 @@ class WithoutPytestBenchmark:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items[:] = [item for item in items if _is_wanted(item)]
+    items[:] = sorted(filter(_is_wanted, items), key=_turn)
     for item in items:
         if _call(item):
             item.add_marker(pytest.mark.filterwarnings("default"))  # the warnings of peers are theirs
@@ -91,6 +92,12 @@ def _call(item: pytest.Item) -> dict[str, Any]:
     """The comparison and the contender of an item; empty for a test of another kind."""
     params = item.callspec.params if hasattr(item, "callspec") else {}
     return params if "comparison" in params else {}
+
+
+def _turn(item: pytest.Item) -> int:
+    """Steps before curves, for the time may be short."""
+    call = _call(item)
+    return KINDS.index(call["comparison"].kind) if call else -1
 
 
 def _is_wanted(item: pytest.Item) -> bool:
@@ -108,17 +115,18 @@ def comparison(request: pytest.FixtureRequest, machine: Machine) -> dict[str, Ro
     """The rows of a comparison by contender."""
     asked: Comparison = request.param
     session = request.config.stash[SESSION]
-    if session.is_over:
-        session.left_out.append(f"{asked.kind} {asked.id}: the time was over")
-        pytest.skip("the time was over")
     calls = map(_call, request.session.items)
+    wanted = {call["contender"] for call in calls if call.get("comparison") is asked}
     try:
-        rows = asked.run(machine, {call["contender"] for call in calls if call.get("comparison") is asked})
-    except Exception as error:
-        session.left_out.append(f"{asked.kind} {asked.id}: {type(error).__name__}: {error}")
+        if session.is_over:
+            pytest.skip("the time was over")
+        rows = asked.run(machine, wanted)
+        session.rows[asked.kind] += rows
+    except (Exception, pytest.skip.Exception) as error:
+        session.left_out.append(f"{asked.kind} {asked.id}: {error}")
         raise
-    session.rows[asked.kind] += rows
-    session.write()
+    finally:
+        session.write()
     return {row.contender: row for row in rows}
 
 

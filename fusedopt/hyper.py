@@ -38,6 +38,7 @@ class Hyper:
         self._values: list[tuple[Any, ...]] = []
         self._volatile = False  # whether a value may change within itself
         self.rows: list[list[Number]] = []
+        self.on_device = False  # whether a number is a tensor on a device
         self.max_grad_norm: float | None = None
         self.skip_nonfinite = False
         self.version = 0  # grows when a number may have changed
@@ -59,7 +60,7 @@ class Hyper:
             (index, name, value)
             for index, (group_values, before) in enumerate(zip(values, self._values, strict=True))
             for name, value, old in zip(self._names[index], group_values, before, strict=True)
-            if value is not old or not _immutable(value)
+            if value is not old or (self._volatile and not _immutable(value))
         ]
         self._values = values
         return self._take(groups, new)
@@ -90,7 +91,9 @@ class Hyper:
             self.max_grad_norm = option(groups[0], "max_grad_norm") if groups else None
             self.skip_nonfinite = bool(groups and option(groups[0], "skip_nonfinite"))
         changed = {name for index, name, value in new if self._put(index, name, value)}
-        self._volatile = not all(map(_immutable, flat(self._values)))
+        if self._volatile or not all(_immutable(value) for _, _, value in new):
+            self._volatile = not all(map(_immutable, flat(self._values)))
+        self.on_device = self._volatile and any(isinstance(number, Tensor) for number in flat(self.rows))
         self.version += bool(changed)
         return changed
 
@@ -113,9 +116,9 @@ class Hyper:
         return True
 
 
-def flat(values: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
-    """The items of all tuples."""
-    return chain.from_iterable(values)
+def flat(rows: Iterable[Iterable[Any]]) -> Iterator[Any]:
+    """The items of all rows."""
+    return chain.from_iterable(rows)
 
 
 def count_numbers(values: Iterable[Any]) -> int:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from . import layout
 from .averaging import EMA, EMA_STEP
-from .declaration import count_scalars
 from .precision import ROUNDING_STEP
 from .tables import Item, Signature, Tables, number_address
 
@@ -43,9 +42,8 @@ class KernelStep:
         together: dict[tuple[int, torch.device], list[Item]] = {}
         for item, turn in zip(items, _turns(extents), strict=True):
             together.setdefault((turn, live.params[item.position].device), []).append(item)
-        n_scalars = count_scalars(type(optimizer), n_hyper)
         self._tables = [
-            Tables(optimizer, together[turn, device], n_scalars, device)
+            Tables(optimizer, together[turn, device], n_hyper, device)
             for turn, device in sorted(together, key=lambda key: key[0])
         ]
 

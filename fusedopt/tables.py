@@ -17,12 +17,13 @@ from torch import Tensor
 from . import backend
 from .averaging import ema_dtype
 from .backend import triton_interprets
-from .hyper import tuple_getter
+from .declaration import count_scalars
+from .hyper import flat, tuple_getter
 from .precision import kept_dtype
 
 if TYPE_CHECKING:
     from .gate import Gate
-    from .hyper import Hyper, Number
+    from .hyper import Hyper
     from .optimizer import FusedOptimizer
 
 Array = np.ndarray[Any, Any]
@@ -122,7 +123,7 @@ class Item:
 class Tables:
     """The tensors of one device that are stepped together: one `prepare`, and one `update` for each signature."""
 
-    def __init__(self, optimizer: FusedOptimizer, items: Sequence[Item], n_scalars: int, device: torch.device) -> None:
+    def __init__(self, optimizer: FusedOptimizer, items: Sequence[Item], n_hyper: int, device: torch.device) -> None:
         members: dict[Signature, list[Item]] = {}
         for item in items:
             members.setdefault(item.signature, []).append(item)
@@ -132,7 +133,8 @@ class Tables:
         self.device = device
         self._stream = self._current_stream()
         self._scalars_rule, self._update_rule = rule(type(optimizer))
-        self._n_scalars = n_scalars
+        self._n_hyper = n_hyper
+        self._n_scalars = n_scalars = count_scalars(type(optimizer), n_hyper)
         self._n_scalar_states = len(optimizer.scalar_states)
         self._squares = Squares(ordered)
 
@@ -146,11 +148,13 @@ class Tables:
                 [(item.numel, item.tensor, item.seed, item.first, *item.addresses) for item in same], dtype=np.int64
             )
             sections += [rows.reshape(-1), chunks_of(rows[:, 0], signature.tiling[1])]
-        self.static, bounds = _pack(sections)
         self._graphs: list[Any] = []  # what captured graphs read, which may neither change nor go
         self._spare: Tensor | None = None
-        self._static = self._upload(self.static)
-        self._groups, self._scalar_states, *tables = _slices(self._static, bounds)
+        self.static, parts = _sections(list(map(len, sections)))
+        for part, section in zip(parts, sections, strict=True):
+            self.static[part] = section
+        on_device = self._upload(self.static, torch.empty(len(self.static), dtype=torch.int64, device=device))
+        self._groups, self._scalar_states, *tables = (on_device[part] for part in parts)
         n_squares = len(self._squares.sections)
         self._squares.tables, tables = tables[:n_squares], tables[n_squares:]
         firsts = [0, *accumulate(map(len, members.values()))]
@@ -167,12 +171,18 @@ class Tables:
         self._unread = torch.zeros(1, dtype=torch.float64, device=device)
         self._uncounted = torch.zeros((), dtype=torch.int64, device=device)
 
-        self._hyper, self._hyper_pointers = np.empty(0), np.empty(0, dtype=np.int64)
+        # What may differ between two steps: gradients, numbers, addresses of numbers, limits.
+        n_numbers = len(optimizer.param_groups) * (n_hyper + 1)
+        self._dynamic, parts = _sections([len(ordered), n_numbers, n_numbers, 2])
+        self._told = [
+            self._dynamic[part].view(dtype) for part, dtype in zip(parts, (np.int64, np.float64) * 2, strict=True)
+        ]
+        self._dynamic_on_device = torch.empty(len(self._dynamic), dtype=torch.int64, device=device)
+        dtypes = (torch.int64, torch.float64) * 2
+        self._reads = [self._dynamic_on_device[part].view(dtype) for part, dtype in zip(parts, dtypes, strict=True)]
         self._hyper_tensors: list[Tensor] = []
         self._hyper_version = -1
-        self._n_hyper = 0
         self._known: Any = None  # what the last `read` was told
-        self._dynamic: list[Tensor] = []  # and the same on the device
 
     def is_current(self) -> bool:
         """Whether the tables can be used on the current stream: on that which they were made on and owns their memory.
@@ -183,33 +193,28 @@ class Tables:
 
     def read(self, grad_addresses: Sequence[int], hyper: Hyper, gate: Gate) -> None:
         """Bring what may differ between two steps to the device; gradients without an address sit this one out."""
-        told = grad_addresses, hyper.version, gate.numbers()
-        if told == self._known and not backend.is_capturing():
+        known = grad_addresses, hyper.version, gate.numbers()
+        if known == self._known and not backend.is_capturing():
             return
+        grads, _, _, limits = self._told
+        grads[:] = grad_addresses
+        limits[:] = gate.numbers()
         if hyper.version != self._hyper_version:
-            self._read_hyper(hyper.rows)
-            self._hyper_version = hyper.version
-        sections = [
-            np.array(grad_addresses, dtype=np.int64),
-            self._hyper.view(np.int64),
-            self._hyper_pointers,
-            np.array(gate.numbers()).view(np.int64),
-        ]
-        dynamic, bounds = _pack(sections)
-        grads, numbers, pointers, limits = _slices(self._upload(dynamic), bounds)
-        self._dynamic = [grads, numbers.view(torch.float64), pointers, limits.view(torch.float64)]
-        self._known = told
+            self._read_hyper(hyper)
+        # The stream's earlier kernels have read the old contents by the time that these arrive.
+        self._upload(self._dynamic, self._dynamic_on_device)
+        self._known, self._hyper_version = known, hyper.version
 
     def sum_squares(self) -> list[tuple[int, Tensor]]:
         """For each part, sums of squares of its gradients, and how many elements are not finite: float64 [n, 2]."""
         with self._on_device():
-            return self._squares.launch(self._dynamic[0], self.device)
+            return self._squares.launch(self._reads[0], self.device)
 
     def step(self, gate: Gate) -> None:
         """Step the tensors, if the gate lets the step pass."""
         from .kernels import multi_tensor as kernels
 
-        grads, hyper, hyper_pointers, limits = self._dynamic
+        grads, hyper, hyper_pointers, limits = self._reads
         n_tensors = len(self.positions)
         partials = gate.partials_on(self.device) if gate.partials else self._unread
         grad_norm = torch.empty((), dtype=torch.float64, device=self.device) if gate.partials else self._unread
@@ -264,27 +269,28 @@ class Tables:
         if backend.is_capturing():
             self._graphs.append((self._hyper_tensors, grads, partials, grad_norm, skipped_steps, found_inf, grad_scale))
 
-    def _read_hyper(self, hyper: Sequence[Sequence[Number]]) -> None:
+    def _read_hyper(self, hyper: Hyper) -> None:
         """Numbers, and the addresses of those that live on a device (odd: fp32). The tensors are kept alive."""
-        self._n_hyper = len(hyper[0]) - 1
-        numbers = [number for row in hyper for number in row]
-        addresses = [0] * len(numbers)
+        _, numbers, pointers, _ = self._told
         self._hyper_tensors = []
-        for i, number in enumerate(numbers):
+        pointers[:] = 0
+        if not hyper.on_device:
+            numbers[:] = np.fromiter(flat(hyper.rows), np.float64, len(numbers))
+            return
+        for i, number in enumerate(flat(hyper.rows)):
             if isinstance(number, Tensor):
                 if number.device != self.device or number.dtype not in (torch.float32, torch.float64):
                     number = number.to(self.device, torch.float64)
                 self._hyper_tensors.append(number)
-                addresses[i] = number_address(number)
-                numbers[i] = 0.0
-        self._hyper = np.array(numbers, dtype=np.float64)
-        self._hyper_pointers = np.array(addresses, dtype=np.int64)
+                pointers[i] = number_address(number)
+            else:
+                numbers[i] = number
 
-    def _upload(self, array: Array) -> Tensor:
-        """A copy on the device. The pinned source may go: torch's host allocator keeps it until it has been read."""
+    def _upload(self, array: Array, copy: Tensor) -> Tensor:
+        """Copy to the device. The pinned source may go: torch's host allocator keeps it until it has been read."""
         host = self._staging(len(array))
         host.numpy()[:] = array
-        copy = host.to(self.device, non_blocking=True)
+        copy.copy_(host, non_blocking=True)
         if backend.is_capturing():  # a graph reads the source again at each replay
             self._graphs.append((host, copy))
         return copy
@@ -373,21 +379,14 @@ def number_address(number: Tensor | None) -> int:
     return 0 if number is None else number.data_ptr() + (number.dtype == torch.float32)
 
 
-def _pack(sections: Sequence[Array]) -> tuple[Array, list[tuple[int, int]]]:
-    """Sections of int64 in one buffer, and their bounds.
+def _sections(sizes: Sequence[int]) -> tuple[Array, list[slice]]:
+    """One buffer of int64, and where in it sections of these sizes are.
 
     Each begins at a multiple of 16 bytes: Triton compiles anew for a pointer that does not.
     """
-    ends = list(accumulate(len(section) + len(section) % 2 for section in sections))
-    bounds = [(start, start + len(section)) for start, section in zip([0, *ends], sections, strict=False)]
-    buffer = np.zeros(ends[-1], dtype=np.int64)
-    for (start, stop), section in zip(bounds, sections, strict=True):
-        buffer[start:stop] = section
-    return buffer, bounds
-
-
-def _slices(buffer: Tensor, bounds: Sequence[tuple[int, int]]) -> list[Tensor]:
-    return [buffer[start:stop] for start, stop in bounds]
+    ends = list(accumulate(size + size % 2 for size in sizes))
+    parts = [slice(start, start + size) for start, size in zip([0, *ends], sizes, strict=False)]
+    return np.zeros(ends[-1], dtype=np.int64), parts
 
 
 def chunks_of(numels: Array, chunk_size: int) -> Array:

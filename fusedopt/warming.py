@@ -7,7 +7,6 @@ from functools import partial
 import torch
 
 from . import backend
-from .declaration import count_scalars
 from .entry import entries_of, param_name
 from .gate import Gate
 from .multi_tensor import signature_of
@@ -39,9 +38,8 @@ def warmup(optimizer: FusedOptimizer) -> None:
         raise RuntimeError("warmup within the capture of a CUDA graph, which would replay it: call it before")
     hyper = optimizer._new_hyper()
     hyper.refresh(optimizer.param_groups)
-    n_scalars = count_scalars(type(optimizer), hyper.count)
     for device, items in _signatures(optimizer).items():
-        tables = Tables(optimizer, list(items.values()), n_scalars, device)
+        tables = Tables(optimizer, list(items.values()), hyper.count, device)
         gate = Gate(optimizer, hyper)
         tables.read([0] * len(items), hyper, gate)
         if gate.reads_gradients:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -153,6 +154,17 @@ def test_a_run_from_end_to_end(plugin, tmp_path):
     assert "# Benchmark on " in report.markdown(result)
 
 
+def test_what_the_time_did_not_suffice_for_is_told(tmp_path):
+    path = tmp_path / "result.json"
+    left_out = "scale AdamW-lr=0.01-2^10 elements-float32"
+    chosen = f"bench/test_scale.py::test_scale[{left_out.removeprefix('scale ')}-fusedopt]"
+    command = [sys.executable, "-m", "pytest", chosen, "--results", path, "--budget", "0"]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, check=False, timeout=300).returncode == 0
+    result = json.loads(path.read_text())
+    assert result["left_out"][-1] == f"{left_out}: the time was over"
+    assert not any(result["rows"].values())
+
+
 def test_what_is_missing_keeps_nobody_else_from_running(monkeypatch, capsys, tmp_path):
     ran = []
     monkeypatch.setattr(everything, "find_spec", lambda name: None if name == "triton" else True)
@@ -168,3 +180,16 @@ def test_what_is_missing_keeps_nobody_else_from_running(monkeypatch, capsys, tmp
     assert everything.main() == 2
     assert ran == ["pytest", "pytest", "bench.report"]
     assert "left out: triton not installed" in capsys.readouterr().out
+
+
+def test_results_that_the_readme_shows_are_there():
+    shown = re.findall(r"\]\((bench/results/[^)]+)\)", (ROOT / "README.md").read_text())
+    assert shown
+    assert [path for path in shown if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "bench" / "results").glob("*-20??-??-??.json")), ids=lambda path: path.stem
+)
+def test_a_committed_report_is_that_of_its_result(path):
+    assert report.markdown(json.loads(path.read_text())) == path.with_suffix(".md").read_text()
