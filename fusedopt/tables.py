@@ -181,6 +181,7 @@ class Tables:
         dtypes = (torch.int64, torch.float64) * 2
         self._reads = [self._dynamic_on_device[part].view(dtype) for part, dtype in zip(parts, dtypes, strict=True)]
         self._hyper_tensors: list[Tensor] = []
+        self._converts = False  # whether any of them is a copy, which does not follow its source
         self._hyper_version = -1
         self._known: Any = None  # what the last `read` was told
 
@@ -194,12 +195,12 @@ class Tables:
     def read(self, grad_addresses: Sequence[int], hyper: Hyper, gate: Gate) -> None:
         """Bring what may differ between two steps to the device; gradients without an address sit this one out."""
         known = grad_addresses, hyper.version, gate.numbers()
-        if known == self._known and not backend.is_capturing():
+        if known == self._known and not self._converts and not backend.is_capturing():
             return
         grads, _, _, limits = self._told
         grads[:] = grad_addresses
         limits[:] = gate.numbers()
-        if hyper.version != self._hyper_version:
+        if hyper.version != self._hyper_version or self._converts:
             self._read_hyper(hyper)
         # The stream's earlier kernels have read the old contents by the time that these arrive.
         self._upload(self._dynamic, self._dynamic_on_device)
@@ -272,7 +273,7 @@ class Tables:
     def _read_hyper(self, hyper: Hyper) -> None:
         """Numbers, and the addresses of those that live on a device (odd: fp32). The tensors are kept alive."""
         _, numbers, pointers, _ = self._told
-        self._hyper_tensors = []
+        self._hyper_tensors, self._converts = [], False
         pointers[:] = 0
         if not hyper.on_device:
             numbers[:] = np.fromiter(flat(hyper.rows), np.float64, len(numbers))
@@ -280,7 +281,7 @@ class Tables:
         for i, number in enumerate(flat(hyper.rows)):
             if isinstance(number, Tensor):
                 if number.device != self.device or number.dtype not in (torch.float32, torch.float64):
-                    number = number.to(self.device, torch.float64)
+                    number, self._converts = number.to(self.device, torch.float64), True
                 self._hyper_tensors.append(number)
                 pointers[i] = number_address(number)
             else:

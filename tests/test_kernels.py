@@ -313,8 +313,10 @@ def test_shared_memory_steps_one_after_the_other(case, device, monkeypatch, seed
 
 
 @seeded
-def test_hyperparameters_on_the_device(device, monkeypatch, seed):
+@pytest.mark.parametrize("debug", [False, True])  # under which every step makes new tables
+def test_hyperparameters_on_the_device(device, monkeypatch, seed, debug):
     """`prepare` reads tensors through their addresses, at each step again; numbers beside them stay numbers."""
+    monkeypatch.setattr("fusedopt.optimizer._DEBUG", debug)
     monkeypatch.setattr(
         fusedopt.hyper, "_number", lambda value, *_: value if isinstance(value, Tensor) else float(value)
     )
