@@ -252,6 +252,8 @@ def _settled_scalar(value: Any, param: Tensor, kernels: bool) -> Tensor:
     """A number as the 0-d tensor that torch keeps, beside the parameter for the kernels, else on the CPU."""
     device = param.device if kernels else torch.device("cpu")
     if not isinstance(value, Tensor):
+        if device.type == "cpu":
+            return torch.tensor(float(value), dtype=layout.scalar_dtype())  # of which a fake tensor knows the value
         return torch.full((), float(value), dtype=layout.scalar_dtype(), device=device)  # torch.tensor would wait
     if value.dim() == 0 and value.device == device and value.dtype in (torch.float32, torch.float64):
         return value

@@ -139,7 +139,9 @@ def test_a_run_from_end_to_end(plugin, tmp_path):
         pytest.importorskip("pytest_benchmark")
     path = tmp_path / "result.json"
     chosen = [f"bench/test_scale.py::test_scale[AdamW-lr=0.01-2^10 elements-float32-{who}]" for who in (OURS, FOREACH)]
-    env = {key: value for key, value in os.environ.items() if key not in ("FUSEDOPT_DEBUG", "TRITON_INTERPRET")}
+    # The worker of pytest-xdist that runs this test is none for those below.
+    unset = ("FUSEDOPT_DEBUG", "TRITON_INTERPRET", "PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT")
+    env = {key: value for key, value in os.environ.items() if key not in unset}
     command = [sys.executable, "-m", "pytest", *chosen, "--results", path, *plugin]
     ran = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stdout + ran.stderr
