@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
@@ -252,9 +253,9 @@ def _settled_scalar(value: Any, param: Tensor, kernels: bool) -> Tensor:
     """A number as the 0-d tensor that torch keeps, beside the parameter for the kernels, else on the CPU."""
     device = param.device if kernels else torch.device("cpu")
     if not isinstance(value, Tensor):
-        if device.type == "cpu":
-            return torch.tensor(float(value), dtype=layout.scalar_dtype())  # of which a fake tensor knows the value
-        return torch.full((), float(value), dtype=layout.scalar_dtype(), device=device)  # torch.tensor would wait
+        # On the CPU torch.tensor, whose value a fake tensor knows; elsewhere it would wait.
+        make = torch.tensor if device.type == "cpu" else partial(torch.full, ())
+        return make(float(value), dtype=layout.scalar_dtype(), device=device)
     if value.dim() == 0 and value.device == device and value.dtype in (torch.float32, torch.float64):
         return value
     return value.detach().reshape(()).to(device=device, dtype=layout.scalar_dtype())
