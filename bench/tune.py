@@ -1,7 +1,7 @@
-"""Tries block sizes, chunk sizes, warps and cache hints of the `update` kernel on a GPU: a table, fastest first.
+"""Tries block sizes, chunk sizes, threads and cache hints of the `update` kernel on a GPU: a table, fastest first.
 
 Each choice steps an optimizer of its own through the ordinary launches, is checked before it is timed, and stands
-beside a copy of as many bytes, timed by turns. First every block size with every chunk size and number of warps, then
+beside a copy of as many bytes, timed by turns. First every block size with every chunk size and number of threads, then
 every hint with the best of these. What is in force stands in `fusedopt.tables`, and stays what it is.
 """
 
@@ -20,7 +20,8 @@ from types import ModuleType
 
 import torch
 
-from fusedopt.tables import LAUNCH_OPTIONS, Signature
+from fusedopt import tables
+from fusedopt.tables import Signature
 from tests.cases import CASES
 
 from .common import RESULTS, Parser, circumstances, file_name, writable_folder
@@ -33,7 +34,7 @@ from .timing import Spread, Work, interleaved
 
 BLOCK_SIZES = (512, 1024, 2048)
 BLOCKS = (1, 2, 4, 8, 16)  # of a chunk
-WARPS = (4, 8)
+THREADS = (128, 256)
 HINTS = ("", "evict_first", "evict_last")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
@@ -44,7 +45,7 @@ class Choice:
 
     block_size: int
     blocks: int  # of a chunk
-    warps: int
+    threads: int  # of a program
     hint: str = ""  # how the cache is to treat what is loaded
 
 
@@ -86,16 +87,16 @@ def attempt(setting: Setting, choice: Choice, machine: Machine) -> Trial:
 def chosen(choice: Choice) -> Iterator[None]:
     """Within the context new optimizers launch with a choice."""
     package, kernels = import_module("fusedopt.kernels"), import_module("fusedopt.kernels.multi_tensor")
-    tiling, options = Signature.tiling, dict(LAUNCH_OPTIONS)
+    tiling, threads = Signature.tiling, tables.THREADS
     Signature.tiling = property(lambda self: (choice.block_size, choice.block_size * choice.blocks))
-    LAUNCH_OPTIONS["num_warps"] = choice.warps
+    tables.THREADS = choice.threads
     if choice.hint:
         package.multi_tensor = _hinting(kernels, choice.hint)
     try:
         yield
     finally:
         Signature.tiling = tiling
-        LAUNCH_OPTIONS.update(options)
+        tables.THREADS = threads
         package.multi_tensor = kernels
 
 
@@ -109,12 +110,12 @@ def _hinting(kernels: ModuleType, hint: str) -> ModuleType:
 
 
 def table(trials: list[Trial]) -> str:
-    lines = ["block size  blocks  warps  hint          median µs  (lowest – p90)          of copy"]
+    lines = ["block size  blocks  threads  hint          median µs  (lowest – p90)          of copy"]
     for trial in trials:
         choice, time = trial.choice, trial.time
         lowest, median, p90 = (f"{1e6 * seconds:,.1f}" for seconds in (time.lowest, time.median, time.p90))
         lines.append(
-            f"{choice.block_size:>10}  {choice.blocks:>6}  {choice.warps:>5}  {choice.hint or '-':<12}  {median:>9}  "
+            f"{choice.block_size:>10}  {choice.blocks:>6}  {choice.threads:>7}  {choice.hint or '-':<12}  {median:>9}  "
             f"{f'({lowest} – {p90})':<22}  {trial.share_of_copy:>6.1%}"
         )
     return "\n".join(lines)
@@ -127,7 +128,7 @@ def in_force(setting: Setting) -> Choice:
     group = optimizer.param_groups[0]
     states = tuple(setting.dtype if optimizer.uses(name, group) else None for name in optimizer.states)
     block_size, chunk_size = Signature(setting.dtype, setting.dtype, states).tiling
-    return Choice(block_size, chunk_size // block_size, LAUNCH_OPTIONS["num_warps"])
+    return Choice(block_size, chunk_size // block_size, tables.THREADS)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -151,7 +152,7 @@ def main() -> int:
     case = case_of(options.optimizer, **({} if options.momentum is None else {"momentum": options.momentum}))
     setting = Setting(case, Shape("one tensor", ((options.elements,),)), DTYPES[options.dtype])
     result = circumstances("python -m bench.tune", machine.device) | {"case": case.id, "dtype": options.dtype}
-    choices = [Choice(*choice) for choice in itertools.product(BLOCK_SIZES, BLOCKS, WARPS)]
+    choices = [Choice(*choice) for choice in itertools.product(BLOCK_SIZES, BLOCKS, THREADS)]
     trials = tune(setting, choices, HINTS, machine)
     path = options.out / f"tune-{file_name(machine.device)}-{case.id}-{options.dtype}.json"
     result |= {"in_force": asdict(in_force(setting)), "trials": list(map(asdict, trials))}

@@ -72,6 +72,14 @@ def triton_interprets() -> bool:
 
 
 @cache
+def warp_size(device: torch.device) -> int:
+    """How many threads of a device run together."""
+    if device.type != "cuda":
+        return 32
+    return getattr(torch.cuda.get_device_properties(device), "warp_size", 32)
+
+
+@cache
 def _drives(device: torch.device) -> bool:
     if device.type == "cuda" and torch.version.hip is None:
         return torch.cuda.get_device_capability(device) >= (8, 0)

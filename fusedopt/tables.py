@@ -33,12 +33,17 @@ SQUARES_BLOCK_SIZE = 1024
 SQUARES_CHUNK_SIZE = 16 * SQUARES_BLOCK_SIZE  # one look-up serves many elements
 # Programs that add up squares: enough for a large GPU, few for the interpreter. Fixed, so that the sums are too.
 SQUARES_PROGRAMS = {False: 1024, True: 4}
-LAUNCH_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+THREADS = 128  # of a program: on every GPU a thread then holds as many elements, hence has accesses as wide
 
 
 def launch(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
     """Every kernel of fusedopt starts here."""
     kernel[(programs,)](*args, **options)
+
+
+def launch_options(warp_size: int) -> dict[str, Any]:
+    """What the compiler is told beside the arguments, for a GPU with so many threads in a warp."""
+    return {"num_warps": THREADS // warp_size, "enable_fp_fusion": True}
 
 
 def rule(optimizer: type[FusedOptimizer]) -> tuple[Any, Any]:
@@ -132,6 +137,7 @@ class Tables:
         self.pick = tuple_getter(self.positions)
         self.device = device
         self._stream = self._current_stream()
+        self._options = launch_options(backend.warp_size(device))
         self._scalars_rule, self._update_rule = rule(type(optimizer))
         self._n_hyper = n_hyper
         self._n_scalars = n_scalars = count_scalars(type(optimizer), n_hyper)
@@ -207,9 +213,9 @@ class Tables:
         self._known, self._hyper_version = known, hyper.version
 
     def sum_squares(self) -> list[tuple[int, Tensor]]:
-        """For each part, sums of squares of its gradients, and how many elements are not finite: float64 [n, 2]."""
+        """For each part, sums of squares of its gradients, and not 0 where an element is not finite: float64 [n, 2]."""
         with self._on_device():
-            return self._squares.launch(self._reads[0], self.device)
+            return self._squares.launch(self._reads[0], self.device, self._options)
 
     def step(self, gate: Gate) -> None:
         """Step the tensors, if the gate lets the step pass."""
@@ -250,7 +256,7 @@ class Tables:
                 N_SCALARS=self._n_scalars,
                 HYPER_TENSORS=bool(self._hyper_tensors),
                 BLOCK_SIZE=PREPARE_BLOCK_SIZE,
-                **LAUNCH_OPTIONS,
+                **self._options,
             )
             for constants, first, rows, chunks in self._updates:
                 launch(
@@ -265,7 +271,7 @@ class Tables:
                     UPDATE=self._update_rule,
                     N_SCALARS=self._n_scalars,
                     **constants,
-                    **LAUNCH_OPTIONS,
+                    **self._options,
                 )
         if backend.is_capturing():
             self._graphs.append((self._hyper_tensors, grads, partials, grad_norm, skipped_steps, found_inf, grad_scale))
@@ -327,7 +333,7 @@ class Squares:
         self.tables: list[Tensor] = []  # the same on the device
         self._kinds = list(rows)
 
-    def launch(self, grads: Tensor, device: torch.device) -> list[tuple[int, Tensor]]:
+    def launch(self, grads: Tensor, device: torch.device, options: dict[str, Any]) -> list[tuple[int, Tensor]]:
         """One launch for each part and dtype; for each part, what it left."""
         from .kernels import gate as kernels
 
@@ -348,7 +354,7 @@ class Squares:
                     partials[first : first + count],
                     len(chunks),
                     **squares_constants(dtype),
-                    **LAUNCH_OPTIONS,
+                    **options,
                 )
         if len({part for part, _ in self._kinds}) == 1:
             return [(self._kinds[0][0], partials)]
@@ -365,6 +371,7 @@ def squares_constants(grad: torch.dtype) -> dict[str, Any]:
         "BLOCK_SIZE": SQUARES_BLOCK_SIZE,
         "CHUNK_SIZE": SQUARES_CHUNK_SIZE,
         "CONTIGUITY": 16 // grad.itemsize,
+        "UNROLL": max(1, 8 // grad.itemsize),  # 64 bytes of each thread on their way at once
     }
 
 

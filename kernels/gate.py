@@ -7,13 +7,14 @@ from .rounding import load
 
 
 @triton.jit
-def squares_tile(address, first, start, lanes, stop, GRAD: tl.constexpr, ALIGN: tl.constexpr):
-    """Squares of one block of elements, in float64, and 1 for each that is not finite."""
+def squares_tile(squares, not_finite, address, first, start, lanes, stop, GRAD: tl.constexpr, ALIGN: tl.constexpr):
+    """Add the squares of one block of elements, in float64, and 1 for each fp64 that is not finite."""
     offsets = start + lanes
-    mask = offsets < stop
     grad_ptr = tl.multiple_of(address.to(tl.pointer_type(GRAD)), ALIGN) + first
-    grad = tl.where(mask, load(grad_ptr + offsets, mask, tl.float64), 0.0)
-    return grad * grad, tl.where(tl.abs(grad) < float("inf"), 0, 1)
+    grad = load(grad_ptr + offsets, offsets < stop, tl.float64, OTHER=0)
+    if GRAD == tl.float64:
+        not_finite += tl.where(tl.abs(grad) < float("inf"), 0, 1)
+    return squares + grad * grad, not_finite
 
 
 @triton.jit(
@@ -24,12 +25,13 @@ def sum_squares(
     rows_ptr,  # int64 [rows, 2]: the tensor, its numel
     grads_ptr,  # int64 [n_tensors]: address of the gradient, 0 = none in this step
     chunks_ptr,  # int32 [n_chunks, 2]: row, index of the chunk in its tensor
-    partials_ptr,  # float64 [programs, 2]: written: the sum of squares, how many elements are not finite
+    partials_ptr,  # float64 [programs, 2]: written: the sum of squares, not 0 if an element is not finite
     n_chunks: tl.int64,
     GRAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     CHUNK_SIZE: tl.constexpr,
     CONTIGUITY: tl.constexpr,
+    UNROLL: tl.constexpr,  # blocks that are loaded before the first is added
 ):
     """Sum over every so many-th chunk: the order depends on the number of programs alone, not on what runs when."""
     pid = tl.program_id(0).to(tl.int64)
@@ -43,14 +45,14 @@ def sum_squares(
         length = tl.minimum(tl.load(rows_ptr + 2 * row + 1) - first, CHUNK_SIZE).to(tl.int32)
         length = tl.where(address == 0, 0, length)
         aligned = tl.where(address % 16 == 0, length // 8 * 8, 0)
-        for start in range(0, aligned, BLOCK_SIZE):
-            more, bad = squares_tile(address, first, start, lanes, aligned, GRAD, ALIGN=16)
-            squares += more
-            not_finite += bad
+        for start in tl.range(0, aligned, BLOCK_SIZE, loop_unroll_factor=UNROLL):
+            squares, not_finite = squares_tile(
+                squares, not_finite, address, first, start, lanes, aligned, GRAD, ALIGN=16
+            )
         for start in range(aligned, length, BLOCK_SIZE):
-            more, bad = squares_tile(address, first, start, lanes, length, GRAD, ALIGN=1)
-            squares += more
-            not_finite += bad
+            squares, not_finite = squares_tile(squares, not_finite, address, first, start, lanes, length, GRAD, ALIGN=1)
+    if GRAD != tl.float64:  # whose squares overflow; those of the others and their sums do not
+        not_finite = tl.where(squares < float("inf"), 0, 1)
     tl.store(partials_ptr + 2 * pid, tl.sum(squares))
     tl.store(partials_ptr + 2 * pid + 1, tl.sum(not_finite).to(tl.float64))
 

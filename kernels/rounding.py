@@ -11,11 +11,12 @@ INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def load(ptrs, mask, COMPUTE: tl.constexpr):
+def load(ptrs, mask, COMPUTE: tl.constexpr, OTHER: tl.constexpr = None):
+    """In the dtype of the arithmetic; OTHER, 0 if it is asked for, where the mask is False."""
     if INTERPRET and ptrs.dtype.element_ty == tl.bfloat16:
-        bits = tl.load(ptrs.to(tl.pointer_type(tl.uint16), bitcast=True), mask=mask)
+        bits = tl.load(ptrs.to(tl.pointer_type(tl.uint16), bitcast=True), mask=mask, other=OTHER)
         return from_bits(bits, tl.bfloat16).to(COMPUTE)
-    return tl.load(ptrs, mask=mask).to(COMPUTE)
+    return tl.load(ptrs, mask=mask, other=OTHER).to(COMPUTE)
 
 
 @triton.jit
@@ -99,10 +100,10 @@ def to_bits_stochastic(value, random, DTYPE: tl.constexpr):
         rounded = (bits + random) >> 16
     else:
         LARGEST: tl.constexpr = 65504.0
-        normal = (((bits & 0x7FFFFFFF) + (random >> 3)) >> 13) - (112 << 10)
-        # Below the normal numbers the spacing is 2^-24, 2^16 units of 2^-40.
+        # Both in units of 2^-16 of the spacing, which below the normal numbers is 2^-24 throughout.
         small = magnitude < 6.103515625e-05
         units = tl.where(small, magnitude * 1099511627776.0, 0.0).to(tl.uint32)
-        rounded = tl.where(small, (units + random) >> 16, normal) | ((bits >> 16) & 0x8000)
+        units = tl.where(small, units, (bits << 3) + 0x40000000)  # without the sign and 112 of the exponent
+        rounded = ((units + random) >> 16) | ((bits >> 16) & 0x8000)
     # What is not finite, and what lies beyond the largest number and has but one finite neighbour.
     return tl.where(magnitude < LARGEST, rounded.to(tl.uint16), _to_bits(value, DTYPE))

@@ -8,8 +8,8 @@ import torch
 from fake_gpu import fake_machine
 
 import fusedopt.kernels.multi_tensor
-import fusedopt.tables
-from fusedopt.tables import LAUNCH_OPTIONS, Signature
+from fusedopt import tables
+from fusedopt.tables import Signature
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -24,48 +24,48 @@ SETTING = Setting(case_of("AdamW"), Shape("tiny", ((3000,),)), torch.float32)
 
 @pytest.fixture
 def launched(monkeypatch):
-    """(block size, chunk size, warps, module of `load`) of the updates that were launched; all take place."""
+    """(block size, chunk size, threads, module of `load`) of the updates that were launched; all take place."""
     record = set()
-    launch = fusedopt.tables.launch
+    launch = tables.launch
 
     def recorded(kernel, programs, *args, **options):
         if "CHUNK_SIZE" in options:
             module = kernel.fn.__globals__["load"].fn.__module__
-            record.add((options["BLOCK_SIZE"], options["CHUNK_SIZE"], options["num_warps"], module))
+            record.add((options["BLOCK_SIZE"], options["CHUNK_SIZE"], 32 * options["num_warps"], module))
         launch(kernel, programs, *args, **options)
 
-    monkeypatch.setattr(fusedopt.tables, "launch", recorded)
+    monkeypatch.setattr(tables, "launch", recorded)
     monkeypatch.setattr("fusedopt.optimizer._DEBUG", False)
     return record
 
 
 def test_every_choice_is_launched_and_what_is_in_force_stays(launched, device):
-    before = tune.in_force(SETTING), Signature.tiling, dict(LAUNCH_OPTIONS), fusedopt.kernels.multi_tensor
-    choices = [Choice(1024, 1, 4), Choice(2048, 2, 8)]
+    before = tune.in_force(SETTING), Signature.tiling, tables.THREADS, fusedopt.kernels.multi_tensor
+    choices = [Choice(1024, 1, 128), Choice(2048, 2, 256)]
     trials = tune.tune(SETTING, choices, ("", "evict_first"), fake_machine(device))
     hints = "bench.hinted_loads"
-    plain = {(1024, 1024, 4, "fusedopt.kernels.rounding"), (2048, 4096, 8, "fusedopt.kernels.rounding")}
+    plain = {(1024, 1024, 128, "fusedopt.kernels.rounding"), (2048, 4096, 256, "fusedopt.kernels.rounding")}
     assert plain < launched
-    assert launched - plain in ({(1024, 1024, 4, hints)}, {(2048, 4096, 8, hints)})
+    assert launched - plain in ({(1024, 1024, 128, hints)}, {(2048, 4096, 256, hints)})
     assert [trial.choice.hint for trial in trials].count("evict_first") == 1
     assert [trial.share_of_copy for trial in trials] == sorted((t.share_of_copy for t in trials), reverse=True)
-    assert before == (tune.in_force(SETTING), Signature.tiling, dict(LAUNCH_OPTIONS), fusedopt.kernels.multi_tensor)
+    assert before == (tune.in_force(SETTING), Signature.tiling, tables.THREADS, fusedopt.kernels.multi_tensor)
     lines = tune.table(trials).splitlines()
     assert len(lines) == 4
     assert sum("evict_first" in line for line in lines) == 1
 
 
 def test_what_is_in_force_comes_back_after_an_error():
-    before = Signature.tiling, dict(LAUNCH_OPTIONS), fusedopt.kernels.multi_tensor
-    with pytest.raises(KeyError), tune.chosen(Choice(512, 1, 8, "evict_last")):
+    before = Signature.tiling, tables.THREADS, fusedopt.kernels.multi_tensor
+    with pytest.raises(KeyError), tune.chosen(Choice(512, 1, 256, "evict_last")):
         raise KeyError
-    assert before == (Signature.tiling, dict(LAUNCH_OPTIONS), fusedopt.kernels.multi_tensor)
+    assert before == (Signature.tiling, tables.THREADS, fusedopt.kernels.multi_tensor)
 
 
 def test_a_choice_that_steps_wrongly_is_an_error(device, monkeypatch):
-    monkeypatch.setattr(fusedopt.tables, "launch", lambda *args, **options: None)
+    monkeypatch.setattr(tables, "launch", lambda *args, **options: None)
     with pytest.raises(AssertionError, match="it is not torch's"):
-        tune.attempt(SETTING, Choice(1024, 1, 4), fake_machine(device))
+        tune.attempt(SETTING, Choice(1024, 1, 128), fake_machine(device))
 
 
 def test_without_a_gpu_it_says_so(monkeypatch, capsys):

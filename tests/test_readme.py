@@ -13,7 +13,7 @@ import fusedopt
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bench.machine_code import kernel_in, kernels_of
+from bench.kernels import update_in, updates_of
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -65,10 +65,10 @@ def test_table_of_modes(weights, options, bytes_moved):
     """The bytes follow from the declaration. The kernels are among those whose machine code is counted."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[weights]
     mode = Mode(dtype, eval(f"dict({options.strip('`')})", {"torch": torch}))
-    kernels = [kernel_in(case, mode) for case in BY_STATES]
+    kernels = [update_in(case, mode) for case in BY_STATES]
     assert [kernel.bytes_per_element for kernel in kernels] == list(map(int, bytes_moved))
     compiled = {
-        (kernel.optimizer.kernel, kernel.signature) for kernel in kernels_of(CASES, MODES) if compiled_for(kernel)
+        (kernel.optimizer.kernel, kernel.signature) for kernel in updates_of(CASES, MODES) if compiled_for(kernel)
     }
     assert compiled.issuperset((kernel.optimizer.kernel, kernel.signature) for kernel in kernels)
 
@@ -81,7 +81,7 @@ def test_every_mode_of_the_table_is_read():
 def test_bytes_of_an_average(mode):
     plain = Mode(mode.dtype, {key: value for key, value in mode.options.items() if key != "ema_decay"})
     for case in BY_STATES[1:]:
-        assert kernel_in(case, mode).bytes_per_element == kernel_in(case, plain).bytes_per_element + 8
+        assert update_in(case, mode).bytes_per_element == update_in(case, plain).bytes_per_element + 8
     assert "8 bytes more for an element" in README
 
 
