@@ -69,10 +69,11 @@ def loops(code: MachineCode) -> list[Loop]:
     return [_loop([blocks[start] for start in sorted(body)]) for body in innermost]
 
 
-def aligned_loop(code: MachineCode) -> Loop:
-    """The loop over elements whose streams are all aligned: the one of the fewest, widest accesses."""
-    candidates = [loop for loop in loops(code) if accesses(loop)]
-    return max(candidates, key=lambda loop: _mean_width(accesses(loop)))
+def element_loops(code: MachineCode) -> list[Loop]:
+    """The loops over elements, first that whose streams are all aligned: the one of the fewest, widest accesses."""
+    found = [loop for loop in loops(code) if accesses(loop)]
+    aligned = max(found, key=lambda loop: _mean_width(accesses(loop)))
+    return [aligned, *(loop for loop in found if loop is not aligned)]
 
 
 def accesses(loop: Loop) -> Counter[tuple[str, int]]:
@@ -95,9 +96,9 @@ def barriers(code: MachineCode) -> int:
 
 def _target(code: MachineCode, instruction: str) -> int | None:
     """Where a branch goes."""
-    if match := re.search(r"\bBRA\b.*?0x([0-9a-f]+)", instruction):
+    if "BRA" in instruction and (match := re.search(r"\bBRA\b.*?0x([0-9a-f]+)", instruction)):
         return int(match[1], 16)
-    if match := re.match(r"s_c?branch\w*\s+(\.LBB\w+)", instruction):
+    if "branch" in instruction and (match := re.match(r"s_c?branch\w*\s+(\.LBB\w+)", instruction)):
         return code.labels[match[1]]
     return None
 

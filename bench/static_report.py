@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .assembly import Loop, MachineCode, accesses, aligned_loop, barriers, loops
+from .assembly import Loop, MachineCode, accesses, barriers, element_loops
 from .kernels import Kernel, Update
 from .machine_code import machine_codes
 from .targets import TARGETS, Target
@@ -54,12 +54,8 @@ def reports(kernels: Sequence[Kernel], target: Target) -> list[Report]:
 
 
 def _report(kernel: Kernel, target: Target, code: MachineCode) -> Report:
-    found: list[Loop] = []
-    element_loop = None
-    if kernel.read:
-        first = aligned_loop(code)
-        found = [first, *(loop for loop in loops(code) if accesses(loop) and loop != first)]
-        element_loop = _element_loop(kernel, target, first)
+    found = element_loops(code) if kernel.read else []
+    element_loop = _element_loop(kernel, target, found[0]) if kernel.read else None
     numbers = {
         "registers": code.registers,
         "local_bytes": code.local_bytes,
@@ -153,14 +149,22 @@ def markdown(found: Sequence[Report], circumstances: str) -> str:
         READING,
         _summary(found),
         "## Waste",
-        _waste_list(found),
-        "## The loop over elements",
-        "Bytes loaded + stored for an element; instructions (share of the budget), registers, occupancy.",
-        _elements_table(found),
-        "## What comes before",
-        "One lane for each tensor, in float64: registers, bytes of shared memory (for sums across threads), occupancy.",
-        _others_table(found),
+        "\n".join(f"- {each.kernel} for {each.target} {', '.join(each.waste)}" for each in found if each.waste)
+        or "None.",
     ]
+    if any(each.element_loop for each in found):
+        parts += [
+            "## The loop over elements",
+            "Bytes loaded + stored for an element; instructions (share of the budget), registers, occupancy.",
+            _elements_table([each for each in found if each.element_loop]),
+        ]
+    if not all(each.element_loop for each in found):
+        parts += [
+            "## What comes before",
+            "One thread for each tensor, in float64: registers, bytes of shared memory (for sums across threads), "
+            "occupancy.",
+            _others_table([each for each in found if not each.element_loop]),
+        ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -180,21 +184,14 @@ def _summary(found: Sequence[Report]) -> str:
     return _table(headers, rows)
 
 
-def _waste_list(found: Sequence[Report]) -> str:
-    lines = [f"- {each.kernel} for {each.target} {', '.join(each.waste)}" for each in found if each.waste]
-    return "\n".join(lines) or "None."
-
-
 def _elements_table(found: Sequence[Report]) -> str:
     targets = list(_by_target(found))
     rows = []
     for kernel, by_target in _by_kernel(found).items():
         first = next(iter(by_target.values()))
-        if first.element_loop is not None:
-            loop = first.element_loop
-            widths = [_widths(first.loops[0], access) for access in ("load", "store")]
-            cells = [_element_cell(by_target[target]) if target in by_target else "" for target in targets]
-            rows.append([kernel, f"{loop.bytes_loaded:g} + {loop.bytes_stored:g}", *widths, *cells])
+        moved = f"{first.element_loop.bytes_loaded:g} + {first.element_loop.bytes_stored:g}"
+        widths = [_widths(first.loops[0], access) for access in ("load", "store")]
+        rows.append([kernel, moved, *widths, *(_element_cell(by_target[target]) for target in targets)])
     return _table(["kernel", "bytes", "loads", "stores", *targets], rows)
 
 
@@ -212,14 +209,10 @@ def _widths(loop: dict[str, int], access: str) -> str:
 
 def _others_table(found: Sequence[Report]) -> str:
     targets = list(_by_target(found))
-    rows = []
-    for kernel, by_target in _by_kernel(found).items():
-        if next(iter(by_target.values())).element_loop is None:
-            cells = [
-                f"{each.registers}, {each.shared_bytes}, {each.occupancy:.0%}" if each else ""
-                for each in map(by_target.get, targets)
-            ]
-            rows.append([kernel, *cells])
+    rows = [
+        [kernel, *(f"{each.registers}, {each.shared_bytes}, {each.occupancy:.0%}" for each in by_target.values())]
+        for kernel, by_target in _by_kernel(found).items()
+    ]
     return _table(["kernel", *targets], rows)
 
 
