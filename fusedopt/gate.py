@@ -91,13 +91,13 @@ class Gate:
         for (part, _), squares in found.items():
             self.add(torch.stack(squares), part)
 
-    @torch.no_grad()
     def ask_ranks(self) -> None:
         """Learn from the other ranks what they know, once."""
         if self.ranks is None or self._asked:
             return
         self._asked = True
-        of_all, found_inf = self.ranks.add_up(self._of_shards, self.found_inf)
+        with torch.no_grad():
+            of_all, found_inf = self.ranks.add_up(self._of_shards, self.found_inf)
         if self.reads_gradients:
             self.partials = [*(partials for part, partials in self._of_shards if part == 0), of_all]
         if self.found_inf is not None:
