@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from . import layout, rounding
-from .averaging import EMA, EMA_STEP
 from .hyper import Hyper, Number, tuple_getter
 from .precision import KAHAN_COMP, MASTER_PARAM, ROUNDING_STEP
 
@@ -144,12 +143,12 @@ def _widened(
 
 def _average(entry: Entry, row: Row, weights: Tensor, decay: float) -> None:
     """Move the average of a parameter towards its new weights."""
-    named = dict(zip(entry.names, row, strict=True))
-    ema, ema_step = named[EMA], named[EMA_STEP]
+    ema, ema_step = row[-1], row[len(entry.scalar_names) - 1]  # which come last of the states, and of the numbers
+    steps = ema_step.item()
     average = _widen(ema, weights.dtype)
-    average.lerp_(weights, 1 - decay if ema_step else 1.0)
+    average.lerp_(weights, 1 - decay if steps else 1.0)
     _narrow(ema, average)
-    ema_step.add_(1)
+    ema_step.fill_(steps + 1)
 
 
 class _Rounding:
@@ -176,7 +175,8 @@ class _Rounding:
 
 
 def _widen(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return layout.as_real(tensor).to(dtype)
+    real = layout.as_real(tensor)
+    return real if real.dtype == dtype else real.to(dtype)
 
 
 def _narrow(tensor: Tensor, work: Tensor) -> None:
