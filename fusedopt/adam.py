@@ -141,9 +141,9 @@ class Adam(FusedOptimizer):
         exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=one_minus_beta2)
         if max_exp_avg_sq is not None:
             torch.maximum(max_exp_avg_sq, exp_avg_sq, out=max_exp_avg_sq)
-            denom = (max_exp_avg_sq.sqrt() / bias_correction2_sqrt).add_(eps)
+            denom = max_exp_avg_sq.sqrt().div_(bias_correction2_sqrt).add_(eps)
         else:
-            denom = (exp_avg_sq.sqrt() / bias_correction2_sqrt).add_(eps)
+            denom = exp_avg_sq.sqrt().div_(bias_correction2_sqrt).add_(eps)
         param.addcdiv_(exp_avg, denom, value=-step_size)
 
 

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from . import layout, rounding
-from .averaging import EMA, EMA_STEP
-from .hyper import Number
+from .hyper import Hyper, Number, tuple_getter
 from .precision import KAHAN_COMP, MASTER_PARAM, ROUNDING_STEP
 
 if TYPE_CHECKING:
@@ -20,76 +19,84 @@ if TYPE_CHECKING:
     from .plan import Live
 
 
-def read_gradients(entries: Sequence[Entry], live: Live, gate: Gate) -> None:
-    """Tell the gate what the gradients of this backend are like."""
-    grads = zip(entries, live.grads, strict=True)
-    gate.add_grads([(entry.name, entry.part, grad) for entry, grad in grads if grad is not None and not entry.kernels])
+class ReferenceStep:
+    """The entries of a plan that the reference steps."""
 
+    def __init__(self, entries: Sequence[Entry]) -> None:
+        mine = [(position, entry) for position, entry in enumerate(entries) if not entry.kernels]
+        positions, self._entries = zip(*mine, strict=True)
+        self._pick = tuple_getter(positions) if len(mine) < len(entries) else tuple
+        self._counts_steps = any(entry.scalar_names for entry in self._entries)
+        self._version = -1  # of the numbers from which the scalars have been computed
+        self._scalars: _Scalars
 
-def step(
-    optimizer: FusedOptimizer,
-    entries: Sequence[Entry],
-    live: Live,
-    hyper: Sequence[Sequence[Number]],
-    gate: Gate,
-) -> None:
-    """Step every parameter that has a gradient and is not the kernels'."""
-    factor = 1.0
-    if not gate.is_open:
-        skip, factor = gate.decide()
-        if skip:
-            return
-    advance = _Scalars(optimizer, hyper)
-    reference = optimizer.reference
-    group = -1
-    scalars: Scalars = ()
-    with torch.inference_mode():  # a sixth less for every operation than no_grad, and nothing made here is kept
-        for entry, param, grad in zip(entries, live.params, live.grads, strict=True):
-            if grad is None or entry.kernels:
-                continue
-            row = live.rows[entry.row]
-            if entry.scalar_names:
-                scalars = advance(entry, row)
-            elif entry.group != group:
-                group, scalars = entry.group, advance.without_states(entry.group)
-            if entry.plain:
-                reference(param, grad if factor == 1 else grad * factor, entry.pick_states(row), scalars)
-            else:
-                weights = _widened(optimizer, entry, param, (grad, factor), row, scalars)
+    def read_gradients(self, live: Live, gate: Gate) -> None:
+        """Tell the gate what the gradients are like."""
+        grads = zip(self._entries, self._pick(live.grads), strict=True)
+        gate.add_grads([(entry.name, entry.part, grad) for entry, grad in grads if grad is not None])
+
+    def run(self, optimizer: FusedOptimizer, live: Live, hyper: Hyper, gate: Gate) -> None:
+        """Step every parameter that has a gradient, if the gate lets the step pass."""
+        factor = 1.0
+        if not gate.is_open:
+            skip, factor = gate.decide()
+            if skip:
+                return
+        if self._counts_steps or hyper.version != self._version or hyper.on_device:
+            self._version, self._scalars = hyper.version, _Scalars(optimizer, hyper.rows)
+        computed = self._scalars
+        reference = optimizer.reference
+        no_states = (None,) * len(optimizer.states)
+        group = -1
+        scalars: Scalars = ()
+        # A sixth less for every operation than under no_grad, and nothing made here is kept. This is what
+        # torch.inference_mode() does, without its two calls in Python, which take as long as stepping a small tensor.
+        with torch._C._InferenceMode(True):
+            for entry, param, grad in zip(self._entries, self._pick(live.params), self._pick(live.grads), strict=True):
+                if grad is None:
+                    continue
+                row = live.rows[entry.row]
+                if entry.scalar_names:
+                    scalars = computed.advance(entry, row)
+                elif entry.group != group:
+                    group, scalars = entry.group, computed.without_states(entry.group)
+                if entry.plain:
+                    weights = param
+                    states = entry.pick_states(row) if entry.state_names else no_states
+                    reference(param, grad if factor == 1 else grad * factor, states, scalars)
+                else:
+                    weights = _widened(optimizer, entry, param, (grad, factor), row, scalars)
                 if entry.averaged:
-                    _average(entry, row, weights, float(hyper[entry.group][-1]))
+                    _average(entry, row, weights, float(hyper.rows[entry.group][-1]))
 
 
 class _Scalars:
-    """The scalars of one step, computed once for all parameters of a group that have made as many steps."""
+    """The scalars that numbers give, computed once for all parameters of a group that have made as many steps."""
 
-    def __init__(self, optimizer: FusedOptimizer, hyper: Sequence[Sequence[Number]]) -> None:
-        self._optimizer = optimizer
-        self._rows = hyper
-        self._computed: dict[tuple[int, tuple[float, ...]], tuple[Scalars, Scalars]] = {}
-        self._without: dict[int, Scalars] = {}
+    def __init__(self, optimizer: FusedOptimizer, numbers: Sequence[Sequence[Number]]) -> None:
+        self._compute = optimizer.scalars
+        self._numbers = numbers
+        self._ones = (1.0,) * len(optimizer.scalar_states)
+        self._computed: dict[tuple[int, Scalars], tuple[Scalars, Scalars]] = {}
 
-    def __call__(self, entry: Entry, row: Row) -> Scalars:
+    def advance(self, entry: Entry, row: Row) -> Scalars:
         """Advance the scalar states of a parameter, and return its scalars."""
         values = tuple([row[slot].item() if slot >= 0 else 1.0 for slot in entry.scalar_slots])
-        key = entry.group, values
-        if key not in self._computed:
-            self._computed[key] = self._optimizer.scalars(self._hyper(entry.group), values)
-        scalars, advanced = self._computed[key]
+        scalars, advanced = self._of(entry.group, values)
         for slot, old, new in zip(entry.scalar_slots, values, advanced, strict=True):
             if slot >= 0 and new != old:
                 row[slot].fill_(new)
         return scalars
 
-    def _hyper(self, group: int) -> Scalars:
-        return tuple(map(float, self._rows[group][:-1]))
-
     def without_states(self, group: int) -> Scalars:
         """The scalars where the options call for no scalar state."""
-        if group not in self._without:
-            ones = (1.0,) * len(self._optimizer.scalar_states)
-            self._without[group] = self._optimizer.scalars(self._hyper(group), ones)[0]
-        return self._without[group]
+        return self._of(group, self._ones)[0]
+
+    def _of(self, group: int, scalar_states: Scalars) -> tuple[Scalars, Scalars]:
+        key = group, scalar_states
+        if key not in self._computed:
+            self._computed[key] = self._compute(tuple(map(float, self._numbers[group][:-1])), scalar_states)
+        return self._computed[key]
 
 
 def _widened(
@@ -136,12 +143,12 @@ def _widened(
 
 def _average(entry: Entry, row: Row, weights: Tensor, decay: float) -> None:
     """Move the average of a parameter towards its new weights."""
-    named = dict(zip(entry.names, row, strict=True))
-    ema, ema_step = named[EMA], named[EMA_STEP]
+    ema, ema_step = row[-1], row[len(entry.scalar_names) - 1]  # which come last of the states, and of the numbers
+    steps = ema_step.item()
     average = _widen(ema, weights.dtype)
-    average.lerp_(weights, 1 - decay if ema_step else 1.0)
+    average.lerp_(weights, 1 - decay if steps else 1.0)
     _narrow(ema, average)
-    ema_step.add_(1)
+    ema_step.fill_(steps + 1)
 
 
 class _Rounding:
@@ -168,7 +175,8 @@ class _Rounding:
 
 
 def _widen(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return layout.as_real(tensor).to(dtype)
+    real = layout.as_real(tensor)
+    return real if real.dtype == dtype else real.to(dtype)
 
 
 def _narrow(tensor: Tensor, work: Tensor) -> None:

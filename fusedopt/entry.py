@@ -71,8 +71,6 @@ def _state_picker(
     """How to get the states that `reference` expects out of a row, which begins with scalar states."""
     if len(names) == len(all_names):
         return itemgetter(slice(n_scalars, n_scalars + len(names)))
-    if not names:
-        return lambda row: [None] * len(all_names)
     pick = tuple_getter([n_scalars + names.index(name) if name in names else -1 for name in all_names])
     return lambda row: pick((*row, None))
 
@@ -275,11 +273,10 @@ def _settled_state(value: Tensor, param: Tensor, grad: Tensor | None, kernels: b
 
 
 def is_plain(entry: Entry, param: Tensor, states: Row) -> bool:
-    """Whether the reference can work on the tensors themselves, in their own dtype, and nothing else is to be done."""
+    """Whether the reference can work on the tensors themselves, in their own dtype."""
     dtype = layout.compute_dtype(param)
     return (
         entry.seed is None
-        and not entry.averaged
         and all(tensor.dtype == dtype and layout.is_raw(tensor) for tensor in (param, *states))
         and entry.grad_dtype == dtype
     )

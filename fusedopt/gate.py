@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -40,7 +40,7 @@ class Gate:
         self.skip_nonfinite = hyper.skip_nonfinite
         self.skipped_steps: Tensor | None = None  # counts, on the device of the first of those who decide
         self.ranks: Ranks | None = None  # of the mesh on which parameters are sharded
-        self.partials: list[Tensor] = []  # float64 [n, 2]: sums of squares, and how many elements were not finite
+        self.partials: list[Tensor] = []  # float64 [n, 2]: sums of squares, and 0 where all was finite
         self._of_shards: list[tuple[int, Tensor]] = []  # the same, with the part that `ranks` are to add up
         self._asked = False
         self.decided = False
@@ -71,7 +71,7 @@ class Gate:
         return -1.0 if self.max_grad_norm is None else self.max_grad_norm, float(self.skip_nonfinite)
 
     def add(self, partials: Tensor, part: int = 0) -> None:
-        """Add sums of squares, and how many elements were not finite, of gradients of one part of `Ranks`."""
+        """Add sums of squares, and whether something was not finite, of gradients of one part of `Ranks`."""
         if self.ranks is None:
             self.partials.append(partials)
         else:
@@ -80,24 +80,24 @@ class Gate:
     @torch.no_grad()
     def add_grads(self, grads: Iterable[tuple[str, int, Tensor]]) -> None:
         """Add gradients that no kernel reads, each with the name and the part of its parameter."""
-        found: dict[tuple[int, torch.device], list[Tensor]] = {}
+        together: dict[tuple[int, torch.device], list[Tensor]] = {}
         for name, part, grad in grads:
             if type(grad).__torch_dispatch__ is not Tensor.__torch_dispatch__:
                 raise RuntimeError(
                     f"max_grad_norm and skip_nonfinite do not know the whole gradient of {name}: "
                     f"it is a {type(grad).__name__}"
                 )
-            found.setdefault((part, grad.device), []).append(_squares(grad))
-        for (part, _), squares in found.items():
-            self.add(torch.stack(squares), part)
+            together.setdefault((part, grad.device), []).append(grad)
+        for (part, _), of_part in together.items():
+            self.add(_sums(of_part), part)
 
-    @torch.no_grad()
     def ask_ranks(self) -> None:
         """Learn from the other ranks what they know, once."""
         if self.ranks is None or self._asked:
             return
         self._asked = True
-        of_all, found_inf = self.ranks.add_up(self._of_shards, self.found_inf)
+        with torch.no_grad():
+            of_all, found_inf = self.ranks.add_up(self._of_shards, self.found_inf)
         if self.reads_gradients:
             self.partials = [*(partials for part, partials in self._of_shards if part == 0), of_all]
         if self.found_inf is not None:
@@ -153,9 +153,16 @@ def settled_counter(optimizer: FusedOptimizer, device: torch.device) -> Tensor:
     return counter
 
 
-def _squares(grad: Tensor) -> Tensor:
-    """[sum of squares, how many elements are not finite] of a gradient, in float64."""
-    if grad.layout != torch.strided:
-        grad = grad.coalesce().values()
-    norm = torch.linalg.vector_norm(grad, dtype=torch.complex128 if grad.is_complex() else torch.float64)
-    return torch.stack([norm.square(), (~grad.isfinite()).sum().double()])
+def _sums(grads: Sequence[Tensor]) -> Tensor:
+    """[sum of squares, 0 if all elements are finite] of each gradient, in float64."""
+    values = [grad if grad.layout == torch.strided else grad.coalesce().values() for grad in grads]
+    norms = torch.stack([torch.linalg.vector_norm(value, dtype=_wide_dtype(value)) for value in values])
+    not_finite = ~norms.isfinite()  # nor is an element then: no sum of squares of fewer bits overflows in float64
+    for i, value in enumerate(values):
+        if value.dtype in (torch.float64, torch.complex128):
+            not_finite[i] = ~value.isfinite().all()
+    return torch.stack([norms.square(), not_finite.double()], dim=1)
+
+
+def _wide_dtype(grad: Tensor) -> torch.dtype:
+    return torch.complex128 if grad.is_complex() else torch.float64

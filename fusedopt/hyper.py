@@ -33,9 +33,9 @@ class Hyper:
         self._ends = dict(zip(self._defaults, ends, strict=True))  # of each name's place in a row
         self._keys: list[str] = []
         self._sizes: list[int] = []
-        self._names: list[tuple[str, ...]] = []  # the keys of each group that matter
-        self._getters: list[Callable[[Group], tuple[Any, ...]]] = []
-        self._values: list[tuple[Any, ...]] = []
+        self._getters: list[Callable[[Group], tuple[Any, ...]]] = []  # of the keys of each group that matter
+        self._places: list[tuple[int, str]] = []  # group and key of each value
+        self._values: list[Any] = []
         self._volatile = False  # whether a value may change within itself
         self.rows: list[list[Number]] = []
         self.on_device = False  # whether a number is a tensor on a device
@@ -54,23 +54,23 @@ class Hyper:
         if keys != self._keys or sizes != self._sizes:
             return self._begin(groups, keys, sizes)
         values = self._read(groups)
-        if not self._volatile and all(map(is_, flat(values), flat(self._values))):
+        if not self._volatile and all(map(is_, flat(values), self._values)):
             return set()
         new = [
             (index, name, value)
-            for index, (group_values, before) in enumerate(zip(values, self._values, strict=True))
-            for name, value, old in zip(self._names[index], group_values, before, strict=True)
+            for (index, name), value, old in zip(self._places, flat(values), self._values, strict=True)
             if value is not old or (self._volatile and not _immutable(value))
         ]
-        self._values = values
+        self._values = list(flat(values))
         return self._take(groups, new)
 
     def _begin(self, groups: Sequence[Group], keys: list[str], sizes: list[int]) -> set[str]:
         """Read groups of other keys than before, of which nothing is known."""
         self._keys, self._sizes = keys, sizes
-        self._names = [(*self._required, *(name for name in self._optional if name in group)) for group in groups]
-        self._getters = list(map(tuple_getter, self._names))
-        self._values = self._read(groups)
+        names = [(*self._required, *(name for name in self._optional if name in group)) for group in groups]
+        self._getters = list(map(tuple_getter, names))
+        self._places = [(index, name) for index, of_group in enumerate(names) for name in of_group]
+        self._values = list(flat(self._read(groups)))
         self.rows = [[0.0] * (self.count + 1) for _ in groups]
         new = [
             (index, name, group.get(name, self._defaults.get(name)))
@@ -92,7 +92,7 @@ class Hyper:
             self.skip_nonfinite = bool(groups and option(groups[0], "skip_nonfinite"))
         changed = {name for index, name, value in new if self._put(index, name, value)}
         if self._volatile or not all(_immutable(value) for _, _, value in new):
-            self._volatile = not all(map(_immutable, flat(self._values)))
+            self._volatile = not all(map(_immutable, self._values))
         self.on_device = self._volatile and any(isinstance(number, Tensor) for number in flat(self.rows))
         self.version += bool(changed)
         return changed

@@ -20,6 +20,7 @@ from .backend import DEBUG as _DEBUG
 from .declaration import check_declaration
 from .entry import param_name
 from .gate import SKIPPED_STEPS, Gate
+from .hooks import hooked_step
 from .hyper import Hyper
 from .loading import shield, unshield
 from .options import DEFAULTS, check_group, option
@@ -123,6 +124,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     _opt_called: bool
     _origin: tuple[int, int, int]  # group, position and index of the first parameter in a whole optimizer
     _captured: tuple[Plan, ...]  # what graphs read, for as long as they may be replayed
+
+    profile_hook_step = staticmethod(hooked_step)  # type: ignore[assignment]  # torch puts it around each class's step
 
     if not TYPE_CHECKING:
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from . import backend, eager
+from . import backend
+from .eager import ReferenceStep
 from .entry import Entry, Row, check, entries_of, is_plain, is_ready, param_name, settle_states
 from .gate import Gate, settled_counter
 from .hyper import Hyper, tuple_getter
@@ -41,8 +42,8 @@ class Live:
     Of DTensors, what this rank holds.
     """
 
-    params: list[Tensor]
-    grads: list[Tensor | None]
+    params: Sequence[Tensor]
+    grads: Sequence[Tensor | None]
     rows: list[Row]
     watched: list[Tensor]  # parameters and states, one after the other
     present: list[Tensor]  # the gradients that are there
@@ -78,9 +79,10 @@ class Plan:
         self._backend = optimizer.backend
         self._param_ids = list(map(id, params))
         self._group_sizes = [len(group["params"]) for group in optimizer.param_groups]
-        self._state_ids = list(map(id, optimizer.state))
-        row_of = {state_id: row for row, state_id in enumerate(self._state_ids)}
-        names: list[tuple[str, ...]] = [()] * len(self._state_ids)
+        state_ids = list(map(id, optimizer.state))
+        self._ids = self._param_ids + state_ids
+        row_of = {state_id: row for row, state_id in enumerate(state_ids)}
+        names: list[tuple[str, ...]] = [()] * len(state_ids)
         for entry in self.entries:
             if entry.names:
                 entry.row = row_of[self._param_ids[entry.index]]
@@ -107,8 +109,9 @@ class Plan:
         for entry, param in zip(self.entries, live.params, strict=True):
             entry.plain = is_plain(entry, param, live.rows[entry.row][len(entry.scalar_names) :])
         in_kernels = [entry.kernels for entry in self.entries]
-        self._has_eager = not all(in_kernels)
+        self._reference = None if all(in_kernels) else ReferenceStep(self.entries)
         self._kernels = KernelStep(optimizer, self.entries, live, hyper.count) if any(in_kernels) else None
+        self._device = torch.device("cpu") if self._kernels is None else self._kernels.device  # where it is decided
         # The reference works on the tensors themselves, wherever they lie.
         self._watch = Watch(live.watched, addresses=self._watchable and self._kernels is not None)
 
@@ -128,8 +131,8 @@ class Plan:
         """
         # In the order of `optimizer.state`: looking a parameter up would hash it, which torch does in Python.
         rows = [get(state) for get, state in zip(self._getters, optimizer.state.values(), strict=True)]
-        params = list(self._pick(params))
-        grads = [param.grad for param in params] if local_grads is None else list(self._pick(local_grads))
+        params = self._pick(params)
+        grads = [param.grad for param in params] if local_grads is None else self._pick(local_grads)
         watched = [*params, *chain.from_iterable(rows)]
         specs: list[Any] = []
         if self.is_sharded:
@@ -147,15 +150,14 @@ class Plan:
         if (
             not self._watchable
             or optimizer.backend != self._backend
-            or list(map(id, params)) != self._param_ids
-            or list(map(id, optimizer.state)) != self._state_ids
             or list(map(len, lists)) != self._group_sizes
-            or any(params[index].grad is not None for index in self._outside)
+            or list(map(id, chain(params, optimizer.state))) != self._ids
+            or (self._outside and any(params[index].grad is not None for index in self._outside))
         ):
             return None
         try:
             live = self.read(optimizer, params, local_grads)
-            if not all(map(is_, live.specs, self._specs)) or not self._watch.holds(live.watched):
+            if not self._watch.holds(live.watched) or (self.is_sharded and not all(map(is_, live.specs, self._specs))):
                 return None
         except (KeyError, TypeError, AttributeError, RuntimeError):
             return None  # a state is gone, no tensor any more, or without an address
@@ -166,29 +168,28 @@ class Plan:
     @property
     def all_in_kernels(self) -> bool:
         """Whether the kernels step every parameter that the plan knows."""
-        return not self._has_eager and self._kernels is not None
+        return self._reference is None and self._kernels is not None
 
     def run(self, optimizer: FusedOptimizer, live: Live, hyper: Hyper, gate: Gate) -> None:
         """Step every parameter that has a gradient, if the gate lets the step pass."""
-        device = torch.device("cpu") if self._kernels is None else self._kernels.device
         if gate.may_skip:
-            gate.skipped_steps = settled_counter(optimizer, device)
+            gate.skipped_steps = settled_counter(optimizer, self._device)
         if gate.needs_ranks and self._ranks:
             gate.ranks = self._ranks
             if self._compares_ranks and not backend.is_capturing():
                 self._compare_ranks(optimizer, live)
-        if self._has_eager and gate.reads_gradients:
-            eager.read_gradients(self.entries, live, gate)
+        if self._reference is not None and gate.reads_gradients:
+            self._reference.read_gradients(live, gate)
         if self._kernels is not None:
             with torch.no_grad():
                 self._kernels.run(live, hyper, gate)
         gate.ask_ranks()
-        if self._has_eager:
-            eager.step(optimizer, self.entries, live, hyper.rows, gate)
+        if self._reference is not None:
+            self._reference.run(optimizer, live, hyper, gate)
         if gate.ranks is not None and not gate.decided:
             gate.decide()  # a rank without a gradient
         if gate.reads_gradients and gate.grad_norm is None:  # there was none to read
-            gate.grad_norm = torch.zeros((), dtype=torch.float64, device=device)
+            gate.grad_norm = torch.zeros((), dtype=torch.float64, device=self._device)
         if self.is_sharded:  # the local tensors were written, and have counted it
             params = all_params(optimizer)
             stepped = [

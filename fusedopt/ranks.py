@@ -68,12 +68,12 @@ class Ranks:
         """Sums over all ranks.
 
         Args:
-            partials: for some parts, sums of squares and how many elements are not finite, each float64 [n, 2].
+            partials: for some parts, sums of squares, and 0 where all is finite, each float64 [n, 2].
             found_inf: GradScaler's on this rank, None without one.
 
         Returns:
-            The same for all parts but part 0, float64 [1, 2], where the second number also counts what is not finite
-            in part 0; and `found_inf`, 0-d, not 0 if any rank's is not 0.
+            The same for all parts but part 0, float64 [1, 2], where the second number is about part 0 too; and
+            `found_inf`, 0-d, not 0 if any rank's is not 0.
         """
         # By part the sums of squares, then how much is not finite, then found_inf.
         values = torch.zeros(self._n_parts + 2, dtype=torch.float64, device=self._device)

@@ -1,6 +1,6 @@
 """Has anything moved since the last step? The one place that answers it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,41 +27,32 @@ class Watch:
 
     def __init__(self, tensors: Sequence[Tensor], *, addresses: bool) -> None:
         self._count = len(tensors)
-        blocks = [tensors[start : start + BLOCK] for start in range(0, len(tensors), BLOCK)]
-        self._metas = [_MetaWatch(block) for block in blocks]
-        self.addresses = [list(map(Tensor.data_ptr, block)) for block in blocks] if addresses else None
+        places = [slice(start, start + BLOCK) for start in range(0, len(tensors), BLOCK)]
+        self._blocks = [(place, _same_metas(*tensors[place])) for place in places]
+        self.addresses = [list(map(Tensor.data_ptr, tensors[place])) for place in places] if addresses else None
 
     def holds(self, tensors: Sequence[Tensor]) -> bool:
         """Whether nothing has changed. RuntimeError or TypeError for what has no address, or is no tensor."""
         if len(tensors) != self._count:
             return False
-        for i, metas in enumerate(self._metas):
-            block = tensors[i * BLOCK : (i + 1) * BLOCK]
+        for i, (place, same_metas) in enumerate(self._blocks):
+            block = tensors[place]
             if self.addresses is not None and list(map(Tensor.data_ptr, block)) != self.addresses[i]:
                 return False
-            if not metas.hold(block):
+            if not same_metas(*block):
                 return False
         return True
 
 
-class _MetaWatch:
-    """Compares the `meta` of tensors.
+def _same_metas(*tensors: Tensor) -> Callable[..., bool]:
+    """What tells whether as many tensors have the `meta` that these have.
 
     torch's own guards do that in C++, a fifteenth of the price; they are no public API, so where they are missing or
     disagree with themselves (they refuse a tensor that stands twice in the list), Python does it.
     """
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._metas: list[tuple[object, ...]] = []
-        self._guards = None
-        if TensorGuards is not None:
-            self._guards = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
-            if self._guards.check(*tensors):
-                return
-            self._guards = None
-        self._metas = list(map(meta, tensors))
-
-    def hold(self, tensors: Sequence[Tensor]) -> bool:
-        if self._guards is not None:
-            return self._guards.check(*tensors)
-        return list(map(meta, tensors)) == self._metas
+    if TensorGuards is not None:
+        guards = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+        if guards.check(*tensors):
+            return guards.check
+    metas = list(map(meta, tensors))
+    return lambda *others: list(map(meta, others)) == metas

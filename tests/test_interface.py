@@ -244,6 +244,22 @@ def test_step_hooks(backend):
     assert len(calls) == 4
 
 
+@pytest.mark.parametrize("when", ["pre", "post"])
+@pytest.mark.parametrize("of_all", [False, True])
+def test_a_step_hook_alone(when, of_all):
+    """A step that nobody watches does without torch's wrapper."""
+    mine = fusedopt.SGD(make_params())
+    everywhere = {"pre": register_optimizer_step_pre_hook, "post": register_optimizer_step_post_hook}
+    register = everywhere[when] if of_all else getattr(mine, f"register_step_{when}_hook")
+    train(mine, range(1))
+    calls = []
+    handle = register(lambda *args: calls.append(args))
+    train(mine, range(1))
+    handle.remove()
+    train(mine, range(1))
+    assert calls == [(mine, (mine,), {})]
+
+
 @both_backends
 def test_a_pre_hook_may_change_gradients_and_arguments(backend):
     mine, theirs = fusedopt.SGD(make_params(), backend=backend), make_torch("SGD", make_params(), momentum=0)
