@@ -2,13 +2,12 @@
 
 from dataclasses import replace
 from functools import cache
-from unittest.mock import patch
 
 from triton.runtime import interpreter
 
 
 def hurry():
-    """Leave out what no kernel can notice."""
+    """Leave out what no kernel can notice, in a process where kernels never run but in the interpreter."""
     # It looks for an overflow in every sum of integers, but tells of none unless `debug` is set, which it is not.
     builder = interpreter.interpreter_builder
     assert not builder.options.debug
@@ -25,11 +24,7 @@ def hurry():
 
     interpreter._get_np_dtype = numpy_dtype
 
-    # It replaces the functions of triton.language at every call of a device function: once in a launch is enough.
-    launch = interpreter.GridExecutor.__call__
-
-    def launch_replacing_once(*args, **kwargs):
-        with patch.object(interpreter, "_patch_lang", cache(interpreter._patch_lang)):
-            return launch(*args, **kwargs)
-
-    interpreter.GridExecutor.__call__ = launch_replacing_once
+    # It replaces the functions of triton.language at every call of a device function, and puts them back after every
+    # launch. Here they stay replaced.
+    interpreter._patch_lang = cache(interpreter._patch_lang)
+    interpreter._LangPatchScope.restore = lambda scope: None
