@@ -7,11 +7,17 @@ import os
 
 os.environ["FUSEDOPT_DEBUG"] = "1"  # every step makes its tables anew and compares
 
+from importlib.util import find_spec
+
 import torch
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
+    if find_spec("triton"):
+        import interpreter
+
+        interpreter.hurry()
 
 import pytest
 

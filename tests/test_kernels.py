@@ -77,10 +77,10 @@ def test_follows_the_oracle(case, dtypes, device, seed):
     dtype, grad_dtype, state_dtype = dtypes
     noise, grad_noise = Noise(seed, dtype, device), Noise(seed + 1, grad_dtype, device)
     block, chunk = fusedopt.tables.Signature(dtype, grad_dtype, (state_dtype, state_dtype)).tiling
-    sizes = {str(n): n for n in (0, 1, 3, block - 1, block, block + 1, 2 * block + 17, chunk + 5)}
-    sizes |= {
-        f"{what} unaligned": block + 13 for what in ("parameter", "gradient", "state", "parameter gradient state")
-    }
+    sizes = {str(n): n for n in (0, 1, 3, block - 1, block, block + 1, block + 17, chunk + 5)}
+    # Two blocks each: whole ones where the gradient alone is unaligned, else those of the tail.
+    sizes["gradient unaligned"] = block + 13
+    sizes |= {f"{what} unaligned": block // 4 + 13 for what in ("parameter", "state", "parameter gradient state")}
     memory = Memory()
     params = {name: torch.nn.Parameter(memory(noise(n), "parameter" in name)) for name, n in sizes.items()}
     grads = Memory()

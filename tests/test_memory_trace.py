@@ -11,8 +11,9 @@ import fusedopt.tables
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="traces the interpreter, the GPU runs the kernels")
 
-# Several programs, two vectors and a bit, one element, less than a vector, nothing, a whole number of vectors.
-SIZES = (100_003, 4096 + 9, 1, 7, 0, 64)
+BLOCK_SIZE = 4 * 4096  # the interpreter's time goes by the number of blocks
+# Several programs, two blocks and a bit, one element, less than a vector, nothing, a whole number of vectors.
+SIZES = (100_003, BLOCK_SIZE + 9, 1, 7, 0, 64)
 # Parameter, gradient and states.
 DTYPES = {
     "fp32": (torch.float32, torch.float32, torch.float32),
@@ -83,6 +84,8 @@ def traced_step(monkeypatch):
         monkeypatch.setattr(builder, "create_masked_load", traced_load)
         monkeypatch.setattr(builder, "create_masked_store", traced_store)
         monkeypatch.setattr(fusedopt.tables, "launch", traced_launch)
+        tiling = property(lambda signature: (BLOCK_SIZE, 2 * BLOCK_SIZE))
+        monkeypatch.setattr(fusedopt.tables.Signature, "tiling", tiling)
         optimizer.step()
         trace.loads.sort()
         trace.stores.sort()
@@ -120,11 +123,12 @@ def parameters(dtype, grad_dtype):
     return params
 
 
-def stepped_once(case, param_dtype, grad_dtype, **options):
-    """An optimizer whose states are there."""
+def with_states(case, param_dtype, grad_dtype, **options):
+    """An optimizer whose states are there, so that a step reads and writes what every later one does."""
     params = parameters(param_dtype, grad_dtype)
     optimizer = case.make(params, backend="triton", **options)
-    optimizer.step()
+    for param in params:
+        optimizer.create_states(param, optimizer.state[param], optimizer.param_groups[0])
     return optimizer, params
 
 
@@ -137,21 +141,21 @@ def states_of(optimizer):
 def test_every_byte_once(traced_step, case, dtypes):
     param_dtype, grad_dtype, state_dtype = DTYPES[dtypes]
     other_dtype = {"state_dtype": state_dtype} if state_dtype != param_dtype else {}
-    check_every_byte(traced_step, *stepped_once(case, param_dtype, grad_dtype, **other_dtype))
+    check_every_byte(traced_step, *with_states(case, param_dtype, grad_dtype, **other_dtype))
 
 
 @pytest.mark.parametrize("mode", [*MODES, *AVERAGED], ids=lambda mode: mode.id)
 def test_every_byte_once_in_every_mode(traced_step, mode):
-    check_every_byte(traced_step, *stepped_once(Case("AdamW"), mode.dtype, mode.dtype, **mode.options))
+    check_every_byte(traced_step, *with_states(Case("AdamW"), mode.dtype, mode.dtype, **mode.options))
 
 
 @pytest.mark.parametrize("options", [{"max_grad_norm": 1.0}, {"skip_nonfinite": True}], ids=str)
 def test_gradients_twice_where_they_decide(traced_step, options):
-    check_every_byte(traced_step, *stepped_once(Case("AdamW"), torch.float32, torch.bfloat16, **options), grads=2)
+    check_every_byte(traced_step, *with_states(Case("AdamW"), torch.float32, torch.bfloat16, **options), grads=2)
 
 
 def test_a_skipped_step_reads_gradients_only(traced_step):
-    optimizer, params = stepped_once(Case("AdamW"), torch.float32, torch.float32, skip_nonfinite=True, ema_decay=0.9)
+    optimizer, params = with_states(Case("AdamW"), torch.float32, torch.float32, skip_nonfinite=True, ema_decay=0.9)
     params[0].grad[-1] = float("nan")
     trace = traced_step(optimizer)
     assert all(trace.loads.take(param.grad) for param in params)
@@ -164,8 +168,8 @@ def test_a_skipped_step_reads_gradients_only(traced_step):
 
 def check_every_byte(traced_step, optimizer, params, grads=1):
     """Each stream is read once and written once, but the gradients, which are read `grads` times."""
-    written = [*params, *states_of(optimizer)]
     trace = traced_step(optimizer)
+    written = [*params, *states_of(optimizer)]
 
     total = trace.loads.widths.sum() + trace.stores.widths.sum()
     assert all(trace.loads.take(tensor) for tensor in written)
@@ -183,7 +187,7 @@ def check_every_byte(traced_step, optimizer, params, grads=1):
 
 
 def test_parameters_without_a_gradient_are_not_touched(traced_step):
-    optimizer, params = stepped_once(CASES[-1], torch.float32, torch.float32)
+    optimizer, params = with_states(CASES[-1], torch.float32, torch.float32)
     params[0].grad = None
     trace = traced_step(optimizer)
     for tensor in (params[0], *optimizer.state[params[0]].values()):
