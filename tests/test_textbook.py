@@ -131,15 +131,21 @@ def test_trace_prints_the_lines_side_by_side(textbook):
 
 
 def test_trace_through_the_kernels_on_the_command_line(tmp_path):
-    """In a process of its own, since Triton's interpreter is chosen when Triton is imported."""
-    command = [sys.executable, "-m", "fusedopt.textbook", "trace", "--backend", "triton", "--json", "--out", tmp_path]
+    """In a process of its own, since Triton's interpreter is chosen when Triton is imported; all lines are above."""
+    command = [sys.executable, "-m", "fusedopt.textbook", "trace", "--backend", "triton", "--optimizer", "momentum"]
     env = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=300)
+    result = subprocess.run(
+        [*command, "--json", "--out", tmp_path],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
     assert result.returncode == 0, result.stderr
-    lines = {
-        (each["optimizer"], each["hyperparameters"].get("lr")): each for each in json.loads(result.stdout)["traces"]
-    }
-    assert {key: lines[key]["printed"] for key in LINES} == LINES
+    lines = {each["hyperparameters"]["lr"]: each["printed"] for each in json.loads(result.stdout)["traces"]}
+    assert lines == {lr: line for (form, lr), line in LINES.items() if form == "momentum"}
 
 
 def test_trace_of_another_function(document):
