@@ -88,8 +88,15 @@ def output_of(*command: str) -> str | None:
 
 
 def commit() -> str:
-    """The commit of the checkout, with "-dirty" if files differ from it; FUSEDOPT_COMMIT where git cannot tell."""
-    return output_of("git", "describe", "--always", "--dirty") or os.environ.get("FUSEDOPT_COMMIT", "unknown")
+    """The commit of the checkout, with "-dirty" if files differ from it; FUSEDOPT_COMMIT where git cannot tell.
+
+    Results do not count: one program of a run writes its own before the next one asks.
+    """
+    head = output_of("git", "describe", "--always")
+    if head is None:
+        return os.environ.get("FUSEDOPT_COMMIT", "unknown")
+    changed = output_of("git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
+    return f"{head}-dirty" if changed else head
 
 
 def circumstances(program: str, device: torch.device) -> dict[str, Any]:
