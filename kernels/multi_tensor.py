@@ -90,7 +90,8 @@ def prepare(
 
     tensors = tl.program_id(0).to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
     mask = tensors < n_tensors
-    mask = mask & (tl.load(grads_ptr + tensors, mask=mask, other=0) != 0) & (skip == 0)
+    # Not `& (skip == 0)`: some interpreters make integers of a mask and a scalar, and load nothing with them.
+    mask = mask & (tl.where(skip, 0, tl.load(grads_ptr + tensors, mask=mask, other=0)) != 0)
     groups = tl.load(groups_ptr + tensors, mask=mask, other=0)
 
     hyper = ()
