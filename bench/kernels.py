@@ -11,13 +11,14 @@ from typing import Any
 import torch
 
 from fusedopt import FusedOptimizer
+from fusedopt.declaration import count_scalars
 from fusedopt.hyper import count_numbers
 from fusedopt.options import option
 from fusedopt.precision import is_stochastic, kept_state, state_dtype
 from fusedopt.tables import PREPARE_BLOCK_SIZE, THREADS, Signature, rule, squares_constants
 
 # Parameter, gradient and states.
-DTYPES = {
+SIGNATURES = {
     "fp32": (torch.float32, torch.float32, torch.float32),
     "fp64": (torch.float64, torch.float64, torch.float64),
     "bf16": (torch.bfloat16, torch.bfloat16, torch.bfloat16),
@@ -25,7 +26,7 @@ DTYPES = {
     "bf16-fp32states": (torch.bfloat16, torch.bfloat16, torch.float32),
     "fp32-bf16grad": (torch.float32, torch.bfloat16, torch.float32),
 }
-GRADIENTS = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Kernel(ABC):
@@ -83,7 +84,7 @@ class Update(Kernel):
 
     optimizer: type[FusedOptimizer]
     signature: Signature
-    dtypes: str  # a key of DTYPES, or the id of a mode
+    dtypes: str  # a key of SIGNATURES, or the id of a mode
     n_hyper: int
 
     integers = ("first_tensor",)
@@ -110,8 +111,7 @@ class Update(Kernel):
 
     @property
     def n_scalars(self) -> int:
-        ones = (0.5,) * self.n_hyper, (0.5,) * len(self.optimizer.scalar_states)
-        return len(self.optimizer.scalars(*ones)[0])
+        return count_scalars(self.optimizer, self.n_hyper)
 
     @property
     def read(self) -> list[torch.dtype]:
@@ -156,7 +156,7 @@ class Prepare(Kernel):
 
 @dataclass(frozen=True)
 class SumSquares(Kernel):
-    """The kernel that reads gradients before a step, for one dtype of theirs: a key of GRADIENTS."""
+    """The kernel that reads gradients before a step, for one dtype of theirs: a key of DTYPES."""
 
     dtype: str
 
@@ -168,7 +168,7 @@ class SumSquares(Kernel):
 
     @property
     def grad(self) -> torch.dtype:
-        return GRADIENTS[self.dtype]
+        return DTYPES[self.dtype]
 
     @property
     def function(self) -> Any:
@@ -194,7 +194,7 @@ def updates_of(cases: Iterable[Any], modes: Iterable[Any] = ()) -> list[Update]:
     cases = list(cases)
     found = [
         _update(case.make([torch.zeros(1)]), dtypes, param, grad, state)
-        for dtypes, (param, grad, state) in DTYPES.items()
+        for dtypes, (param, grad, state) in SIGNATURES.items()
         for case in cases
     ]
     found += [update_in(case, mode) for mode in modes for case in cases if not mode.asks_for_nothing(case)]

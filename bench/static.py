@@ -14,7 +14,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
-from itertools import islice
 from multiprocessing import get_context
 
 import torch
@@ -23,7 +22,7 @@ from fusedopt.backend import triton_interprets, triton_is_installed
 from tests.cases import AVERAGED, CASES, MODES
 
 from .common import RESULTS, Parser, circumstances, circumstances_in_words, writable_folder
-from .kernels import GRADIENTS, Kernel, SumSquares, prepares_of, updates_of
+from .kernels import DTYPES, Kernel, SumSquares, prepares_of, updates_of
 from .static_report import Report, markdown, reports
 from .targets import TARGETS
 
@@ -33,7 +32,7 @@ TOGETHER = 8  # kernels that a process compiles and disassembles in one go
 def all_kernels() -> list[Kernel]:
     """Every kernel that any row of tests/cases.py launches."""
     updates = updates_of(CASES, [*MODES, *AVERAGED])
-    return [*updates, *map(SumSquares, GRADIENTS), *prepares_of(updates)]
+    return [*updates, *map(SumSquares, DTYPES), *prepares_of(updates)]
 
 
 def reports_of(pairs: Sequence[tuple[Kernel, str]], jobs: int) -> Iterator[Report]:
@@ -43,7 +42,9 @@ def reports_of(pairs: Sequence[tuple[Kernel, str]], jobs: int) -> Iterator[Repor
         by_target.setdefault(target, []).append(kernel)
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         futures = [
-            pool.submit(_reports, kernels, target) for target, same in by_target.items() for kernels in _batches(same)
+            pool.submit(_reports, same[start : start + TOGETHER], target)
+            for target, same in by_target.items()
+            for start in range(0, len(same), TOGETHER)
         ]
         try:
             for future in as_completed(futures):
@@ -57,12 +58,6 @@ def _reports(kernels: Sequence[Kernel], target: str) -> list[Report]:
 
     triton.knobs.compilation.disable_line_info = True  # which takes half of the time
     return reports(kernels, TARGETS[target])
-
-
-def _batches(kernels: Sequence[Kernel]) -> Iterator[list[Kernel]]:
-    rest = iter(kernels)
-    while batch := list(islice(rest, TOGETHER)):
-        yield batch
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -27,6 +27,7 @@ from tests.cases import CASES
 from .common import RESULTS, Parser, circumstances, file_name, writable_folder
 from .compare import COPY, Setting, make_parameters, same_step
 from .comparisons import case_of
+from .kernels import DTYPES
 from .machine import Machine, gpu
 from .peers import bytes_moved, ours
 from .shapes import LARGE, Shape
@@ -36,7 +37,6 @@ BLOCK_SIZES = (512, 1024, 2048)
 BLOCKS = (1, 2, 4, 8, 16)  # of a chunk
 THREADS = (128, 256)
 HINTS = ("", "evict_first", "evict_last")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
 
 @dataclass(frozen=True)

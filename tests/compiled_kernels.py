@@ -9,7 +9,7 @@ from cases import AVERAGED, CASES, MODES
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bench.kernels import DTYPES, GRADIENTS, SumSquares, prepares_of, updates_of
+from bench.kernels import DTYPES, SIGNATURES, SumSquares, prepares_of, updates_of
 from bench.machine_code import specialization
 from bench.static import reports_of
 from bench.targets import TARGETS
@@ -19,12 +19,12 @@ EVERY_MODE = [*MODES, *AVERAGED]
 NUMBERS = [1, 2, 15, 16, 17, 2**31 - 1, 2**31, 2**40]
 UPDATES = updates_of(CASES, EVERY_MODE)
 PREPARES = prepares_of(UPDATES)
-SQUARES = list(map(SumSquares, GRADIENTS))
+SQUARES = list(map(SumSquares, DTYPES))
 
 
 def compiled_for(kernel):
     """The targets: every one for the ordinary signatures; for the modes some, more for SGD and Adam than for others."""
-    if kernel.dtypes in DTYPES:
+    if kernel.dtypes in SIGNATURES:
         return TESTED
     few = kernel.dtypes in ("bfloat16-master_weights", "bfloat16-kahan", "bfloat16-rounding=stochastic")
     averaged = kernel.dtypes in ("float32-ema_decay=0.999", "bfloat16-ema_decay=0.999-master_weights")
