@@ -1,17 +1,22 @@
 # `make demo`, `make test` and `make bench` work in a fresh clone: they make .venv and install everything into it.
+# TORCH=2.15.0 does the same with that release of torch, and the Triton that it brings, in an environment of its own.
 # `make gpu` runs with the Python that is there (PYTHON=...), for machines that can install nothing.
 
 PYTHON ?= python3
 OUT ?= bench/results
-VENV := .venv
+TORCH ?=
+VENV := .venv$(TORCH:%=-torch-%)
 BIN := $(VENV)/bin
 
 .PHONY: demo test lint bench gpu clean
 
-$(VENV)/%.done: pyproject.toml setup.py constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$*]"
+$(VENV)/%.done: pyproject.toml setup.py $(VENV)/constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable ".[$*]"
 	touch $@
+
+$(VENV)/constraints.txt: constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(if $(TORCH),(grep -vE '^(torch|triton)==' $<; echo torch==$(TORCH)),cat $<) > $@
 
 demo: $(VENV)/demo.done
 	$(BIN)/python -m bench.demo
@@ -32,5 +37,5 @@ lint: $(VENV)/lint.done
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf .venv .venv-torch-* build *.egg-info
 	test ! -L fusedopt/kernels || rm fusedopt/kernels
