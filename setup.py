@@ -3,7 +3,16 @@
 from setuptools import setup
 
 setup(
-    packages=["fusedopt", "fusedopt.kernels", "fusedopt.textbook"],
+    packages=[
+        "fusedopt",
+        "fusedopt.rules",
+        "fusedopt.engines",
+        "fusedopt.step",
+        "fusedopt.storage",
+        "fusedopt.textbook",
+        "fusedopt.kernels",
+        "fusedopt.kernels.rules",
+    ],
     package_dir={"fusedopt": "fusedopt", "fusedopt.kernels": "kernels"},
     package_data={"fusedopt": ["py.typed"]},
 )

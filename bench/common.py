@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from fusedopt.backend import triton_is_installed
+from fusedopt.engines.choice import triton_is_installed
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"

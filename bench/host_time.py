@@ -2,7 +2,7 @@
 
 fusedopt stands beside torch's fused and foreach optimizers, in one process, by turns. On a GPU the steps are real, the
 device is idle before each, and the time ends when `step()` returns. Without one every kernel is emptied, torch's too,
-so that what is left is bookkeeping: `fusedopt.tables.launch`, and all of torch.optim's `torch._fused_*` and
+so that what is left is bookkeeping: `fusedopt.engines.tables.launch`, and all of torch.optim's `torch._fused_*` and
 `torch._foreach_*`, are functions that do nothing. Then it is the CPU time of the thread that counts, which other
 programs on the machine change less than the time of the clock: nothing waits in such a step. What a GPU would add is
 not in these numbers: for fusedopt Triton's launcher and copies from pinned memory, for torch what its C++ does to pack
@@ -31,8 +31,8 @@ import torch
 from torch import nn
 
 import fusedopt
-from fusedopt import tables
-from fusedopt.backend import triton_is_installed
+from fusedopt.engines import tables
+from fusedopt.engines.choice import triton_is_installed
 
 from .common import (
     RESULTS,

@@ -15,8 +15,8 @@ from .common import circumstances_in_words
 # Colours of Okabe and Ito's palette, which colour-blind readers can tell apart.
 COLORS = {"fusedopt": "#E69F00", "torch fused": "#0072B2", "torch foreach": "#009E73"}
 
-EMPTIED = """Every kernel is emptied, torch's too (`fusedopt.tables.launch`, and torch.optim's `torch._fused_*` and
-`torch._foreach_*`, do nothing), so these are the times of the bookkeeping: CPU time of the thread, in which nothing
+EMPTIED = """Every kernel is emptied, torch's too (`fusedopt.engines.tables.launch`, and torch.optim's `torch._fused_*`
+and `torch._foreach_*`, do nothing), so these are the times of the bookkeeping: CPU time of the thread, in which nothing
 waits. On a GPU come on top: Triton's launcher and copies from pinned memory for fusedopt, the packing of addresses into
 launches for torch."""
 REAL = "The steps are real; the device is idle before each, and the time ends when `step()` returns."

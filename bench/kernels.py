@@ -12,10 +12,10 @@ import torch
 
 from fusedopt import FusedOptimizer
 from fusedopt.declaration import count_scalars
-from fusedopt.hyper import count_numbers
+from fusedopt.engines.tables import PREPARE_BLOCK_SIZE, THREADS, Signature, rule, squares_constants
 from fusedopt.options import option
-from fusedopt.precision import is_stochastic, kept_state, state_dtype
-from fusedopt.tables import PREPARE_BLOCK_SIZE, THREADS, Signature, rule, squares_constants
+from fusedopt.step.hyper import count_numbers
+from fusedopt.storage.precision import is_stochastic, kept_state, state_dtype
 
 # Parameter, gradient and states.
 SIGNATURES = {

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fusedopt.tables import THREADS, launch_options
+from fusedopt.engines.tables import THREADS, launch_options
 
 from .assembly import MachineCode
 from .kernels import Kernel

@@ -18,7 +18,7 @@ from multiprocessing import get_context
 
 import torch
 
-from fusedopt.backend import triton_interprets, triton_is_installed
+from fusedopt.engines.choice import triton_interprets, triton_is_installed
 from tests.cases import AVERAGED, CASES, MODES
 
 from .common import RESULTS, Parser, circumstances, circumstances_in_words, writable_folder

@@ -2,7 +2,7 @@
 
 Each choice steps an optimizer of its own through the ordinary launches, is checked before it is timed, and stands
 beside a copy of as many bytes, timed by turns. First every block size with every chunk size and number of threads, then
-every hint with the best of these. What is in force stands in `fusedopt.tables`, and stays what it is.
+every hint with the best of these. What is in force stands in `fusedopt.engines.tables`, and stays what it is.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from types import ModuleType
 
 import torch
 
-from fusedopt import tables
-from fusedopt.tables import Signature
+from fusedopt.engines import tables
+from fusedopt.engines.tables import Signature
 from tests.cases import CASES
 
 from .common import RESULTS, Parser, circumstances, file_name, writable_folder

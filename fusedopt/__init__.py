@@ -1,18 +1,18 @@
 """Optimizers for PyTorch that step in one pass over memory: drop-ins for `torch.optim`."""
 
-from .adadelta import Adadelta
-from .adagrad import Adagrad
-from .adam import Adam, AdamW
-from .adamax import Adamax
-from .asgd import ASGD
 from .backward import step_in_backward
-from .lion import Lion
-from .nadam import NAdam
 from .optimizer import FusedOptimizer
-from .radam import RAdam
-from .rmsprop import RMSprop
-from .rprop import Rprop
-from .sgd import SGD
+from .rules.adadelta import Adadelta
+from .rules.adagrad import Adagrad
+from .rules.adam import Adam, AdamW
+from .rules.adamax import Adamax
+from .rules.asgd import ASGD
+from .rules.lion import Lion
+from .rules.nadam import NAdam
+from .rules.radam import RAdam
+from .rules.rmsprop import RMSprop
+from .rules.rprop import Rprop
+from .rules.sgd import SGD
 from .warming import warmup
 
 __all__ = [

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from .averaging import check_not_swapped
-from .optimizer import FusedOptimizer, Group
+from .optimizer import FusedOptimizer
 from .options import option
+from .protocol import Group
+from .stepper import Stepper
+from .storage.averaging import check_not_swapped
 
 _TOO_LATE = {
     "max_grad_norm": "the norm of all gradients is known when backward has ended, and then the parameters have stepped",
@@ -102,7 +104,7 @@ class _Part:
         self._group, self._position = group, position
         self._part = object.__new__(type(optimizer))
         self._part.__dict__.update(optimizer.__dict__)
-        self._part._plan = self._part._hyper = None
+        self._part._stepper = Stepper(optimizer._stepper.may_skip)
         self._part._origin = (group, position, index)
 
     def __call__(self, param: Tensor) -> None:
@@ -116,7 +118,7 @@ class _Part:
         part.state = defaultdict(dict)
         if param in whole.state:
             part.state[param] = whole.state[param]
-        part._step()
+        part._stepper.step(part)
         if param in part.state:
             whole.state[param] = part.state[param]
         whole._opt_called = True  # which torch's schedulers ask

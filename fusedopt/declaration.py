@@ -6,22 +6,21 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .averaging import EMA, EMA_STEP
-from .hyper import count_numbers
+from .engines.signature import count_scalars
 from .options import DEFAULTS
-from .precision import KAHAN_COMP, MASTER_PARAM, ROUNDING_STEP
-
-if TYPE_CHECKING:
-    from .optimizer import FusedOptimizer
+from .protocol import OptimizerLike
+from .step.hyper import count_numbers
+from .storage.averaging import EMA, EMA_STEP
+from .storage.precision import KAHAN_COMP, MASTER_PARAM, ROUNDING_STEP
 
 DECLARED = ("kernel", "hyperparameters")
 EQUATIONS = ("scalars", "reference")
 RESERVED = (ROUNDING_STEP, MASTER_PARAM, KAHAN_COMP, EMA_STEP, EMA)  # states of every optimizer
 
 
-def check_declaration(optimizer: type[FusedOptimizer], base: type[FusedOptimizer], defaults: dict[str, Any]) -> None:
+def check_declaration(optimizer: type[OptimizerLike], base: type[OptimizerLike], defaults: dict[str, Any]) -> None:
     """Raise TypeError for what a class lacks, or where its parts disagree on how many numbers they exchange.
 
     Args:
@@ -54,18 +53,6 @@ def check_declaration(optimizer: type[FusedOptimizer], base: type[FusedOptimizer
     counts = {"scalars": n_scalars, "scalar states": len(optimizer.scalar_states)}
     _check_returns(name, scalars, counts)
     _check_returns(name, update, {"param": None, "states": len(optimizer.states)})
-
-
-def count_scalars(optimizer: type[FusedOptimizer], n_hyper: int) -> int:
-    """How many scalars a rule has. The values that it is asked with do not matter."""
-    n_scalar_states = len(optimizer.scalar_states)
-    scalars, scalar_states = optimizer.scalars((0.5,) * n_hyper, (0.5,) * n_scalar_states)
-    if len(scalar_states) != n_scalar_states:
-        raise TypeError(
-            f"`scalars` of {optimizer.__name__} returns {len(scalar_states)} scalar states, "
-            f"but {n_scalar_states} are declared: {optimizer.scalar_states}"
-        )
-    return len(scalars)
 
 
 def _check_returns(name: str, function: Any, counts: Mapping[str, int | None]) -> None:

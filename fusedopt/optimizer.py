@@ -3,44 +3,36 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from . import amp, precision
-from . import backend as backends
-from .averaging import EMA, EMA_STEP, check_not_swapped, new_ema, swapped
-from .backend import BACKENDS, triton_is_installed, use_kernels, why_no_kernels
-from .backend import DEBUG as _DEBUG
 from .declaration import check_declaration
-from .entry import param_name
-from .gate import SKIPPED_STEPS, Gate
-from .hooks import hooked_step
-from .hyper import Hyper
-from .loading import shield, unshield
-from .options import DEFAULTS, check_group, option
-from .plan import Live, Plan, all_params, used_states
-from .precision import state_dtype
-from .sharding import is_sharded, local_grads
-
-Group: TypeAlias = dict[str, Any]
-Scalars: TypeAlias = tuple[float, ...]
-States: TypeAlias = Sequence[Any]  # tensors, or None for one that the options leave out
+from .engines.choice import BACKENDS, triton_is_installed, why_no_kernels
+from .options import DEFAULTS, SKIPPED_STEPS, check_group
+from .protocol import Group, Scalars, States
+from .step import amp
+from .step.hooks import hooked_step
+from .step.sharding import is_sharded
+from .stepper import Stepper
+from .storage import precision
+from .storage.averaging import check_not_swapped, swapped
+from .storage.loading import shield, unshield
 
 
 class FusedOptimizer(torch.optim.Optimizer):
     r"""An optimizer whose step is element-wise: one pass over memory where its kernels run, plain torch elsewhere.
 
     A subclass declares its names and says its equation twice, in the same words: here in torch, and in Triton in the
-    module of `fusedopt.kernels` that `kernel` names.
+    module of `fusedopt.kernels.rules` that `kernel` names.
 
     Class attributes:
-        kernel: module of ``fusedopt.kernels`` with the functions ``scalars`` and ``update``, or these two functions.
+        kernel: module of ``fusedopt.kernels.rules`` with the functions ``scalars`` and ``update``, or these two
+            functions themselves.
         hyperparameters: keys of a param group that the step reads, in the order in which `scalars` gets them. Numbers,
             one-element tensors, or pairs of them (``betas``), which take two places.
         options: keys of a param group that decide which states there are.
@@ -115,15 +107,10 @@ class FusedOptimizer(torch.optim.Optimizer):
     states: ClassVar[tuple[str, ...]] = ()
 
     backend: str
-    _plan: Plan | None
-    _hyper: Hyper | None
-    _grad_norm: Tensor | None
-    _may_skip: bool  # whether any step could have been skipped
-    _skipped_steps: Tensor | int
+    _stepper: Stepper
     _steps_in_backward: bool
     _opt_called: bool
     _origin: tuple[int, int, int]  # group, position and index of the first parameter in a whole optimizer
-    _captured: tuple[Plan, ...]  # what graphs read, for as long as they may be replayed
 
     profile_hook_step = staticmethod(hooked_step)  # type: ignore[assignment]  # torch puts it around each class's step
 
@@ -132,6 +119,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         def __getattr__(self, name: str) -> Any:
             # An object of torch's class can become one of this without its __init__. The class itself must not have
             # these: Lightning's wrappers pose as subclasses, and ask the optimizer for what they do not find.
+            if name == "_stepper":
+                return self.__dict__.setdefault(name, Stepper())
             try:
                 return _UNSET[name]
             except KeyError:
@@ -160,6 +149,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise ValueError("fused=False asks for the reference, backend='triton' for the kernels: choose one")
         check_declaration(type(self), FusedOptimizer, defaults)
         self.backend = backend
+        self._stepper = Stepper()
         common = {
             "state_dtype": state_dtype,
             "master_weights": master_weights,
@@ -206,31 +196,13 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def init_state(self, param: Tensor, state: dict[str, Any], group: Group) -> None:
         """Create the states that a parameter lacks: 0 for each number, zeros for each tensor."""
-        dtype = state_dtype(param, group)
+        dtype = precision.state_dtype(param, group)
         for name in self.scalar_states:
             if self.uses(name, group):
                 state.setdefault(name, 0.0)
         for name in self.states:
             if self.uses(name, group) and state.get(name) is None:
                 state[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
-
-    def create_states(self, param: Tensor, state: dict[str, Any], group: Group) -> None:
-        """Create the states that a parameter lacks, in the dtypes that its group asks for."""
-        missing = [name for name in self.states if state.get(name) is None]
-        self.init_state(param, state, group)
-        if option(group, "state_dtype") is not None:  # which a subclass may not have asked for
-            dtype = state_dtype(param, group)
-            state.update({name: state[name].to(dtype) for name in missing if state.get(name) is not None})
-        kept = precision.kept_state(param, group)
-        if kept is not None and state.get(kept) is None:
-            state[kept] = precision.new_kept_state(kept, param)
-        if precision.is_stochastic(group):
-            state.setdefault(precision.ROUNDING_STEP, torch.tensor(0.0, dtype=torch.float64))  # counts beyond 2^24
-        if option(group, "ema_decay") is not None:
-            if state.get(EMA) is None:
-                state[EMA] = new_ema(param)
-                state[EMA_STEP] = 0.0
-            state.setdefault(EMA_STEP, 1.0)  # an average that is there has begun
 
     def check_sparse(self, group: Group, name: str) -> None:
         """Raise unless a step can use a sparse gradient."""
@@ -252,7 +224,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        _untraced(self._step) if torch.compiler.is_compiling() else self._step()
+        take = self._stepper.step
+        _untraced(take, self) if torch.compiler.is_compiling() else take(self)
         return loss
 
     @property
@@ -261,7 +234,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         None unless `max_grad_norm` or `skip_nonfinite` asked for it.
         """
-        return self._grad_norm
+        return self._stepper.grad_norm
 
     @property
     def skipped_steps(self) -> Tensor:
@@ -269,7 +242,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         With `skip_nonfinite` it is saved, as a key of the first param group.
         """
-        return torch.as_tensor(self.param_groups[0].get(SKIPPED_STEPS, self._skipped_steps))
+        return torch.as_tensor(self.param_groups[0].get(SKIPPED_STEPS, self._stepper.skipped_steps))
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -288,13 +261,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             return False
         if any(is_sharded(param) for group in self.param_groups for param in group["params"]):
             return True
-        return self._all_in_kernels
-
-    @property
-    def _all_in_kernels(self) -> bool:
-        if self._plan is not None:
-            return self._plan.all_in_kernels
-        return all(use_kernels(self.backend, group, param) for group in self.param_groups for param in group["params"])
+        return self._stepper.all_in_kernels(self)
 
     def swap_ema(self) -> AbstractContextManager[None]:
         """Within the context, every parameter has the value of its average, and the average that of its parameter.
@@ -308,60 +275,6 @@ class FusedOptimizer(torch.optim.Optimizer):
                 and another `swap_ema`.
         """
         return swapped(self)
-
-    def _step(self) -> None:
-        check_not_swapped(self, "step")
-        hyper = self._hyper = self._hyper or self._new_hyper()
-        capturing = backends.is_capturing()
-        if capturing:
-            self._check_capture()
-        try:
-            changed = hyper.refresh(self.param_groups)
-            gate = Gate(self, hyper)
-            if gate.may_skip and not self._may_skip:
-                self._may_skip, self._plan = True, None
-            plan, live = self._planned(hyper, changed)
-        except Exception:
-            self._plan = self._hyper = None  # whatever was new to this step is new to the next one too
-            raise
-        self._plan = plan
-        if capturing:  # the graph's from now on: what it has uploaded is there only when it is replayed
-            self._plan, self._captured = None, (*self._captured, plan)
-        plan.run(self, live, hyper, gate)
-        self._grad_norm = gate.grad_norm
-
-    def _new_hyper(self) -> Hyper:
-        return Hyper(self.hyperparameters, (*self.options, *DEFAULTS), self.defaults, self._optional)
-
-    def _check_capture(self) -> None:
-        if not all(group.get("capturable", True) for group in self.param_groups):
-            raise RuntimeError(
-                f"{type(self).__name__}.step() is being captured in a CUDA graph, but capturable is False: make the "
-                "optimizer with capturable=True (or set it in every param group), and make a step before the capture"
-            )
-        if not self._all_in_kernels:
-            raise RuntimeError("a step can be captured in a CUDA graph where the kernels run for all parameters only")
-
-    def _planned(self, hyper: Hyper, changed: set[str]) -> tuple[Plan, Live]:
-        """The last plan if it still holds, else a new one, and the tensors of this step."""
-        plan = self._plan
-        # A scheduler changes the learning rate of all groups at every step, and no state depends on it.
-        if plan is not None and not changed <= {"lr"} and used_states(self) != plan.uses:
-            plan = None
-        # Once in a step, since it may take the other ranks. A plan without DTensors notices the first one itself.
-        grads = self._local_grads() if self._plan is None or self._plan.is_sharded else None
-        live = plan.gather(self, grads) if plan is not None else None
-        if plan is not None and live is not None and not _DEBUG:
-            return plan, live
-        grads = self._local_grads() if grads is None else grads
-        with torch.no_grad():
-            fresh = Plan(self, hyper, self._plan, grads)
-        if plan is not None and live is not None and not plan.describes_the_same(fresh):
-            raise RuntimeError("FUSEDOPT_DEBUG: something moved since the last step and was not noticed")
-        return fresh, fresh.read(self, all_params(self), grads)
-
-    def _local_grads(self) -> list[Tensor | None]:
-        return local_grads(all_params(self), partial(param_name, self))
 
     @property
     def _optional(self) -> dict[str, Any]:
@@ -408,7 +321,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             super().load_state_dict(state_dict)
         finally:
             hook.remove()
-        self._skipped_steps = 0  # unless a loaded group has it
+        self._stepper.skipped_steps = 0  # unless a loaded group has it
 
     def state_dict(self) -> dict[str, Any]:
         """The state as ``torch.optim.Optimizer.state_dict`` returns it."""
@@ -417,8 +330,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         check_not_swapped(self, "a copy")
-        own = {name: getattr(self, name) for name in ("backend", "_may_skip", "_skipped_steps")}
-        return {**super().__getstate__(), **own}
+        return {**super().__getstate__(), "backend": self.backend, "_stepper": self._stepper}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         loaded = state["state"]
@@ -427,7 +339,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 device = owner.device if isinstance(owner, Tensor) else None
                 loaded[owner] = {key: unshield(key, value, device, self) for key, value in values.items()}
         super().__setstate__(state)
-        self._plan = self._hyper = None
+        self._stepper.forget()
         for group in self.param_groups:
             for key in self.defaults.keys() - self._optional:
                 group.setdefault(key, self.defaults[key])
@@ -450,14 +362,4 @@ def _untraced(function: Callable[..., Any], *args: Any) -> Any:
     return function(*args)
 
 
-_UNSET = {
-    "backend": "auto",
-    "_plan": None,
-    "_hyper": None,
-    "_grad_norm": None,
-    "_may_skip": False,
-    "_skipped_steps": 0,
-    "_steps_in_backward": False,
-    "_origin": (0, 0, 0),
-    "_captured": (),
-}
+_UNSET = {"backend": "auto", "_steps_in_backward": False, "_origin": (0, 0, 0)}

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .optimizer import Group
+from .protocol import Group
 
 DEFAULTS: Group = {
     "state_dtype": None,
@@ -24,6 +23,10 @@ DEFAULTS: Group = {
 }
 # One value for all groups: these are about the gradients of all parameters together.
 SHARED = ("max_grad_norm", "skip_nonfinite")
+STATE_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16)
+ROUNDINGS = ("nearest", "stochastic")
+
+SKIPPED_STEPS = "skipped_steps"  # a key of the first param group, which torch.distributed.checkpoint saves
 
 
 class CommonOptions(TypedDict, total=False):
@@ -45,6 +48,11 @@ def option(group: Group, name: str) -> Any:
     return group.get(name, DEFAULTS[name])
 
 
+def is_number(value: Any) -> bool:
+    """Whether a value is a number, of Python's or numpy's."""
+    return hasattr(value, "__float__") and not isinstance(value, Tensor)
+
+
 def check_group(groups: Sequence[Group], index: int) -> None:
     """Raise ValueError or TypeError for options of one group that are invalid, exclude each other, or ought to agree.
 
@@ -52,10 +60,8 @@ def check_group(groups: Sequence[Group], index: int) -> None:
         groups: all groups up to this one, at least.
         index: of the group.
     """
-    from . import precision  # which needs `option` from here
-
     group = groups[index]
-    precision.check_group(group, index)
+    _check_storage(group, index)
     _check_flag(group, "skip_nonfinite", index)
     max_grad_norm, ema_decay = option(group, "max_grad_norm"), option(group, "ema_decay")
     _check_number(max_grad_norm, "max_grad_norm", index)
@@ -73,6 +79,33 @@ def check_group(groups: Sequence[Group], index: int) -> None:
             )
 
 
+def _check_storage(group: Group, index: int) -> None:
+    dtype, rounding, seed = option(group, "state_dtype"), option(group, "rounding"), option(group, "seed")
+    if dtype not in STATE_DTYPES:
+        choices = ", ".join(map(str, STATE_DTYPES))
+        raise ValueError(f"Invalid state_dtype of group {index}: {dtype!r}, choose one of {choices}")
+    if rounding not in ROUNDINGS:
+        choices = ", ".join(map(repr, ROUNDINGS))
+        raise ValueError(f"Invalid rounding of group {index}: {rounding!r}, choose one of {choices}")
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise TypeError(f"seed of group {index} must be an int, but it is {seed!r}")
+    if not 0 <= seed < 1 << 64:
+        raise ValueError(f"Invalid seed of group {index}: {seed}, it must lie in [0, 2**64)")
+    _check_flag(group, "master_weights", index)
+    _check_flag(group, "kahan", index)
+    if option(group, "master_weights") and option(group, "kahan"):
+        raise ValueError(
+            f"master_weights and kahan of group {index}: both keep what rounding a 16-bit parameter loses, choose one"
+        )
+    if dtype in (torch.bfloat16, torch.float16) and any(
+        isinstance(param, Tensor) and param.dtype.is_complex for param in group["params"]
+    ):
+        raise ValueError(
+            f"state_dtype={dtype} of group {index}: states of its complex parameters are complex, "
+            "and torch does not compute with complex numbers of so few bits"
+        )
+
+
 def _check_flag(group: Group, name: str, index: int) -> None:
     value = option(group, name)
     if isinstance(value, Tensor) or value not in (True, False):
@@ -80,8 +113,9 @@ def _check_flag(group: Group, name: str, index: int) -> None:
 
 
 def _check_number(value: Any, name: str, index: int) -> None:
-    is_number = hasattr(value, "__float__") and not isinstance(value, (bool, Tensor))
-    if value is not None and not is_number:
+    if value is None:
+        return
+    if isinstance(value, bool) or not is_number(value):
         raise TypeError(f"{name} of group {index} must be a number or None, but it is {value!r}")
-    if value is not None and math.isnan(value):
+    if math.isnan(value):
         raise ValueError(f"Invalid {name} of group {index}: {value}")

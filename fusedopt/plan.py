@@ -6,69 +6,54 @@ and says whether the plan still describes them.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from operator import is_, itemgetter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from . import backend
-from .eager import ReferenceStep
-from .entry import Entry, Row, check, entries_of, is_plain, is_ready, param_name, settle_states
-from .gate import Gate, settled_counter
-from .hyper import Hyper, tuple_getter
-from .multi_tensor import KernelStep
+from .engines.choice import check_reach, use_kernels
+from .engines.reference import ReferenceStep
+from .engines.triton import KernelStep
 from .options import option
-from .ranks import Ranks
-from .sharding import is_sharded, opened
-from .watch import Watch, meta
+from .protocol import OptimizerLike
+from .step import graphs
+from .step.entry import Entry, check, entries_of, is_plain, is_ready, param_name, settle_states
+from .step.gate import Gate
+from .step.hyper import Hyper, tuple_getter
+from .step.live import Live
+from .step.ranks import Ranks
+from .step.sharding import is_sharded, opened
+from .step.watch import Watch, meta
 
-if TYPE_CHECKING:
-    from .optimizer import FusedOptimizer
+DEBUG = os.environ.get("FUSEDOPT_DEBUG", "0") not in ("", "0")
 
 _params_of = itemgetter("params")
 
 PRECISION = ("state_dtype", "master_weights", "kahan", "rounding", "seed")  # the options that say how states are stored
 
 
-@dataclass(slots=True)
-class Live:
-    """The tensors of this step: a parameter and a gradient an entry, a row of states for each `Entry.row`.
-
-    Of DTensors, what this rank holds.
-    """
-
-    params: Sequence[Tensor]
-    grads: Sequence[Tensor | None]
-    rows: list[Row]
-    watched: list[Tensor]  # parameters and states, one after the other
-    present: list[Tensor]  # the gradients that are there
-    specs: list[Any]  # how each of `watched` is sharded, if any is
-
-    @property
-    def complete(self) -> bool:
-        """Whether every parameter has a gradient."""
-        return len(self.present) == len(self.grads)
-
-
 class Plan:
     """The entries of an optimizer and how to see that they are what they were."""
 
     def __init__(
-        self, optimizer: FusedOptimizer, hyper: Hyper, previous: Plan | None, grads: Sequence[Tensor | None]
+        self, optimizer: OptimizerLike, hyper: Hyper, previous: Plan | None, grads: Sequence[Tensor | None]
     ) -> None:
         params = all_params(optimizer)
         known = previous.grad_metas() if previous is not None else {}
-        everything = entries_of(optimizer, grads, known)
+        everything = entries_of(optimizer, grads, known, partial(use_kernels, optimizer.backend))
         self.entries: list[Entry] = []
         for entry in everything:
             param, grad = params[entry.index], grads[entry.index]
             if grad is not None:
                 check(optimizer, entry, param, grad)
+                if entry.kernels:
+                    check_reach(entry.name, param, grad)
                 self.entries.append(entry)
             elif entry.grad_meta is not None and is_ready(optimizer, entry, param):
                 self.entries.append(entry)
@@ -97,7 +82,7 @@ class Plan:
         for entry in self.entries:
             entry.part = self._ranks.part_of[entry.index]
         # Where the host decides it waits anyway; that is so on all ranks or on none.
-        self._compares_ranks = backend.DEBUG or not any(entry.kernels for entry in everything)
+        self._compares_ranks = DEBUG or not any(entry.kernels for entry in everything)
         live = self.read(optimizer, params, grads)
         self._specs = live.specs
         # Sparse states and fake tensors have no address: with one of them every step makes a new plan.
@@ -111,7 +96,7 @@ class Plan:
         in_kernels = [entry.kernels for entry in self.entries]
         self._reference = None if all(in_kernels) else ReferenceStep(self.entries)
         self._kernels = KernelStep(optimizer, self.entries, live, hyper.count) if any(in_kernels) else None
-        self._device = torch.device("cpu") if self._kernels is None else self._kernels.device  # where it is decided
+        self.device = torch.device("cpu") if self._kernels is None else self._kernels.device  # where it is decided
         # The reference works on the tensors themselves, wherever they lie.
         self._watch = Watch(live.watched, addresses=self._watchable and self._kernels is not None)
 
@@ -120,7 +105,7 @@ class Plan:
         return {self._param_ids[entry.index]: entry.grad_meta for entry in self.entries}
 
     def read(
-        self, optimizer: FusedOptimizer, params: Sequence[Tensor], local_grads: Sequence[Tensor | None] | None
+        self, optimizer: OptimizerLike, params: Sequence[Tensor], local_grads: Sequence[Tensor | None] | None
     ) -> Live:
         """The tensors of this step. KeyError or TypeError where a state is gone or no tensor any more.
 
@@ -143,7 +128,7 @@ class Plan:
         rows.append(())  # of an entry without states, at -1
         return Live(params, grads, rows, watched, [grad for grad in grads if grad is not None], specs)
 
-    def gather(self, optimizer: FusedOptimizer, local_grads: Sequence[Tensor | None] | None) -> Live | None:
+    def gather(self, optimizer: OptimizerLike, local_grads: Sequence[Tensor | None] | None) -> Live | None:
         """The tensors of this step if all of them are where and what the plan says, else None."""
         lists = list(map(_params_of, optimizer.param_groups))
         params = list(chain.from_iterable(lists))
@@ -170,13 +155,11 @@ class Plan:
         """Whether the kernels step every parameter that the plan knows."""
         return self._reference is None and self._kernels is not None
 
-    def run(self, optimizer: FusedOptimizer, live: Live, hyper: Hyper, gate: Gate) -> None:
+    def run(self, optimizer: OptimizerLike, live: Live, hyper: Hyper, gate: Gate) -> None:
         """Step every parameter that has a gradient, if the gate lets the step pass."""
-        if gate.may_skip:
-            gate.skipped_steps = settled_counter(optimizer, self._device)
         if gate.needs_ranks and self._ranks:
             gate.ranks = self._ranks
-            if self._compares_ranks and not backend.is_capturing():
+            if self._compares_ranks and not graphs.is_capturing():
                 self._compare_ranks(optimizer, live)
         if self._reference is not None and gate.reads_gradients:
             self._reference.read_gradients(live, gate)
@@ -189,7 +172,7 @@ class Plan:
         if gate.ranks is not None and not gate.decided:
             gate.decide()  # a rank without a gradient
         if gate.reads_gradients and gate.grad_norm is None:  # there was none to read
-            gate.grad_norm = torch.zeros((), dtype=torch.float64, device=self._device)
+            gate.grad_norm = torch.zeros((), dtype=torch.float64, device=self.device)
         if self.is_sharded:  # the local tensors were written, and have counted it
             params = all_params(optimizer)
             stepped = [
@@ -197,7 +180,7 @@ class Plan:
             ]
             torch.autograd.graph.increment_version(stepped)
 
-    def _compare_ranks(self, optimizer: FusedOptimizer, live: Live) -> None:
+    def _compare_ranks(self, optimizer: OptimizerLike, live: Live) -> None:
         names = [param_name(optimizer, index) for index in range(len(self._param_ids))]
         has_grad = [False] * len(names)
         for entry, grad in zip(self.entries, live.grads, strict=True):
@@ -221,7 +204,7 @@ class Plan:
         return True
 
 
-def used_states(optimizer: FusedOptimizer) -> list[tuple[Any, ...]]:
+def used_states(optimizer: OptimizerLike) -> list[tuple[Any, ...]]:
     """For each group: whether it may use the kernels, which states its options call for, how they are stored."""
     names = (*optimizer.scalar_states, *optimizer.states)
     return [
@@ -235,6 +218,6 @@ def used_states(optimizer: FusedOptimizer) -> list[tuple[Any, ...]]:
     ]
 
 
-def all_params(optimizer: FusedOptimizer) -> list[Tensor]:
+def all_params(optimizer: OptimizerLike) -> list[Tensor]:
     """The parameters of all groups."""
     return list(chain.from_iterable(map(_params_of, optimizer.param_groups)))

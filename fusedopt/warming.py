@@ -6,13 +6,17 @@ from functools import partial
 
 import torch
 
-from . import backend
-from .entry import entries_of, param_name
-from .gate import Gate
-from .multi_tensor import signature_of
+from .engines.choice import use_kernels, why_no_kernels
+from .engines.signature import Signature
+from .engines.tables import Item, Tables
+from .engines.triton import signature_of
 from .optimizer import FusedOptimizer
-from .sharding import local, local_grads
-from .tables import Item, Signature, Tables
+from .step import graphs
+from .step.entry import entries_of, param_name
+from .step.gate import Gate
+from .step.hyper import Hyper
+from .step.sharding import local, local_grads
+from .storage.states import create_states
 
 
 def warmup(optimizer: FusedOptimizer) -> None:
@@ -34,13 +38,13 @@ def warmup(optimizer: FusedOptimizer) -> None:
     """
     if not isinstance(optimizer, FusedOptimizer):
         raise TypeError(f"warmup compiles for the optimizers of fusedopt, but this is a {torch.typename(optimizer)}")
-    if backend.is_capturing():
+    if graphs.is_capturing():
         raise RuntimeError("warmup within the capture of a CUDA graph, which would replay it: call it before")
-    hyper = optimizer._new_hyper()
+    hyper = Hyper(optimizer)
     hyper.refresh(optimizer.param_groups)
     for device, items in _signatures(optimizer).items():
         tables = Tables(optimizer, list(items.values()), hyper.count, device)
-        gate = Gate(optimizer, hyper)
+        gate = Gate(hyper)
         tables.read([0] * len(items), hyper, gate)
         if gate.reads_gradients:
             for _, partials in tables.sum_squares():
@@ -54,8 +58,9 @@ def _signatures(optimizer: FusedOptimizer) -> dict[torch.device, dict[Signature,
     nowhere = (0,) * (3 + len(optimizer.states)), (0,) * (2 + len(optimizer.scalar_states))
     params = [param for group in optimizer.param_groups for param in group["params"]]
     grads = local_grads(params, partial(param_name, optimizer))
-    for entry, param in zip(entries_of(optimizer, grads, {}), params, strict=True):
-        if not entry.kernels or backend.why_no_kernels(param, interpreted=True) is not None:
+    entries = entries_of(optimizer, grads, {}, partial(use_kernels, optimizer.backend))
+    for entry, param in zip(entries, params, strict=True):
+        if not entry.kernels or why_no_kernels(param, interpreted=True) is not None:
             continue
         if entry.grad_meta is None and not param.requires_grad:
             continue
@@ -64,7 +69,7 @@ def _signatures(optimizer: FusedOptimizer) -> dict[torch.device, dict[Signature,
         if any(states.get(name) is None for name in entry.state_names):
             # Of one element, since only their dtypes matter. On the device: a subclass may look at the values.
             small = torch.zeros((1,) * param.dim(), dtype=param.dtype, device=local(param).device)
-            optimizer.create_states(small, states, optimizer.param_groups[entry.group])
+            create_states(optimizer, small, states, optimizer.param_groups[entry.group])
         signature = signature_of(optimizer, entry, param.dtype, states)
         item = Item(entry.index, entry.group, signature, 1, entry.index, 0, *nowhere)
         found.setdefault(param.device, {}).setdefault(signature, item)

@@ -1,4 +1,4 @@
-"""Whether a step is taken, and what its gradients are multiplied by. Twin of fusedopt/gate.py."""
+"""Whether a step is taken, and what its gradients are multiplied by. Twin of fusedopt/step/gate.py."""
 
 import triton
 import triton.language as tl

@@ -1,4 +1,4 @@
-"""Conversion between the stored dtype of a stream and the dtype of the arithmetic. Twin of fusedopt/rounding.py.
+"""From the stored dtype of a stream to that of the arithmetic, and back. Twin of fusedopt/storage/rounding.py.
 
 The interpreter truncates fp32 → bf16 and mistreats subnormal bf16, so there bf16 goes through its bits.
 Compiled code uses the hardware's conversion, which rounds to nearest even.

@@ -16,7 +16,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 import fusedopt
-from fusedopt import backend, hyper, tables
+from fusedopt.engines import choice as backend
+from fusedopt.engines import tables
+from fusedopt.step import hyper
 
 
 class AbsentGPU:

@@ -10,7 +10,7 @@ import torch
 from cases import CASES
 from fake_gpu import fake_machine
 
-import fusedopt.tables
+import fusedopt.engines.tables
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -27,7 +27,7 @@ FP32, BF16 = torch.float32, torch.bfloat16
 @pytest.fixture(autouse=True)
 def ordinary_steps(monkeypatch):
     """Without FUSEDOPT_DEBUG, under which every step makes its tables anew."""
-    monkeypatch.setattr("fusedopt.optimizer._DEBUG", False)
+    monkeypatch.setattr("fusedopt.plan.DEBUG", False)
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_first_step_of_every_optimizer_passes_the_check(gpu, case):
 
 
 def test_a_wrong_step_is_not_timed(gpu, monkeypatch):
-    monkeypatch.setattr(fusedopt.tables, "launch", lambda *args, **options: None)
+    monkeypatch.setattr(fusedopt.engines.tables, "launch", lambda *args, **options: None)
     setting = Setting(case_of("AdamW"), SHAPE, FP32)
     with pytest.raises(AssertionError, match="it is not torch's"):
         compare(setting, step_makers(setting, gpu), gpu, same_step)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import DEVICE
 
-import fusedopt.tables
+import fusedopt.engines.tables
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -36,10 +36,10 @@ def test_contenders_step_and_change(change, device):
 
 
 def test_what_was_emptied_is_back():
-    launch = fusedopt.tables.launch
+    launch = fusedopt.engines.tables.launch
     with host_time.emptied_kernels():
-        assert fusedopt.tables.launch is not launch
-    assert fusedopt.tables.launch is launch
+        assert fusedopt.engines.tables.launch is not launch
+    assert fusedopt.engines.tables.launch is launch
     assert sys.modules["torch.optim.adam"].torch is torch
 
 
@@ -48,7 +48,7 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setattr(host_time, "SHAPES", [(1, 1), (2, 1), (4, 4)])
     monkeypatch.setattr(host_time, "PROFILED", [(2, 1)])
     monkeypatch.setattr(host_time, "AIMS", {(4, 4): 0.1})
-    monkeypatch.setattr("fusedopt.optimizer._DEBUG", False)
+    monkeypatch.setattr("fusedopt.plan.DEBUG", False)
     arguments = ["--rounds", "1", "--repeats", "1", "--device", DEVICE, "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["host_time", *arguments])
 

@@ -8,8 +8,8 @@ import torch
 from fake_gpu import fake_machine
 
 import fusedopt.kernels.multi_tensor
-from fusedopt import tables
-from fusedopt.tables import Signature
+from fusedopt.engines import tables
+from fusedopt.engines.tables import Signature
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -35,7 +35,7 @@ def launched(monkeypatch):
         launch(kernel, programs, *args, **options)
 
     monkeypatch.setattr(tables, "launch", recorded)
-    monkeypatch.setattr("fusedopt.optimizer._DEBUG", False)
+    monkeypatch.setattr("fusedopt.plan.DEBUG", False)
     return record
 
 

@@ -9,8 +9,8 @@ from conftest import DEVICE
 from twins import assert_same, params_of, set_grads, snapshot
 
 import fusedopt
-import fusedopt.backend
-import fusedopt.tables
+import fusedopt.engines.choice
+import fusedopt.engines.tables
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="imitates a graph, a GPU has real ones")
 
@@ -31,16 +31,16 @@ class Graph:
         self.launches = []
 
     def __enter__(self):
-        self._launch = fusedopt.tables.launch
-        self._monkeypatch.setattr(fusedopt.backend, "is_capturing", lambda: True)
+        self._launch = fusedopt.engines.tables.launch
+        self._monkeypatch.setattr(fusedopt.step.graphs, "is_capturing", lambda: True)
         self._monkeypatch.setattr(
-            fusedopt.tables, "launch", lambda *args, **options: self.launches.append((args, options))
+            fusedopt.engines.tables, "launch", lambda *args, **options: self.launches.append((args, options))
         )
         return self
 
     def __exit__(self, *error):
-        self._monkeypatch.setattr(fusedopt.backend, "is_capturing", lambda: False)
-        self._monkeypatch.setattr(fusedopt.tables, "launch", self._launch)
+        self._monkeypatch.setattr(fusedopt.step.graphs, "is_capturing", lambda: False)
+        self._monkeypatch.setattr(fusedopt.engines.tables, "launch", self._launch)
 
     def replay(self):
         for args, options in self.launches:
@@ -49,7 +49,7 @@ class Graph:
 
 @pytest.fixture
 def graph(monkeypatch):
-    monkeypatch.setattr("fusedopt.optimizer._DEBUG", False)
+    monkeypatch.setattr("fusedopt.plan.DEBUG", False)
     return Graph(monkeypatch)
 
 
@@ -160,7 +160,7 @@ def test_what_a_graph_reads_is_kept(graph):
 
 def test_a_capture_allocates_no_pinned_memory(graph, monkeypatch):
     """PyTorch records a copy from pinned memory only, and cannot always allocate any meanwhile."""
-    tables = stepped(make())._plan._kernels._tables[0]
+    tables = stepped(make())._stepper.plan._kernels._tables[0]
     allocated = []
 
     def empty(*size, pin_memory, **options):
@@ -168,14 +168,14 @@ def test_a_capture_allocates_no_pinned_memory(graph, monkeypatch):
         return allocated[-1]
 
     monkeypatch.setattr(torch, "empty", empty)
-    before = tables._staging(10)
+    before = tables._uploads._staging(10)
     with graph:
-        captured = tables._staging(10)
+        captured = tables._uploads._staging(10)
         assert len(allocated) == 2
-    after = tables._staging(10)
+    after = tables._uploads._staging(10)
     assert captured is not before
     assert after is not captured
-    assert tables._spare is not captured
+    assert tables._uploads._spare is not captured
 
 
 def test_two_graphs(graph, monkeypatch):

@@ -11,7 +11,7 @@ from torch import nn
 from twins import BACKENDS, bits
 
 import fusedopt
-from fusedopt.sharding import first_element
+from fusedopt.step.sharding import first_element
 
 pytest.importorskip("torch.distributed.tensor")
 from torch.distributed.device_mesh import init_device_mesh

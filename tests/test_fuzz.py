@@ -20,9 +20,9 @@ from torch import nn
 from twins import bits
 
 import fusedopt
-from fusedopt.averaging import EMA, EMA_STEP
 from fusedopt.declaration import RESERVED
-from fusedopt.precision import KAHAN_COMP, MASTER_PARAM, ROUNDING_STEP, kept_state, state_dtype
+from fusedopt.storage.averaging import EMA, EMA_STEP
+from fusedopt.storage.precision import KAHAN_COMP, MASTER_PARAM, ROUNDING_STEP, kept_state, state_dtype
 
 # One dimension, none, size 1, no elements; (3, 3) can be transposed at its address; full vectors and a tail.
 SHAPES = [(3, 3), (3, 3), (4, 3), (2, 3, 2, 2), (17,), (), (1, 5), (0, 2)]
@@ -247,7 +247,7 @@ def assert_near(mine, true, before, tolerance, what):
 
 def fuzz(case, backend, draw, mode=None):
     # In debug mode no plan is used twice, so half of the examples go without.
-    with patch.object(fusedopt.optimizer, "_DEBUG", draw(st.booleans(), label="debug")):
+    with patch.object(fusedopt.plan, "DEBUG", draw(st.booleans(), label="debug")):
         twins = Twins(case, backend, draw, mode)
         for _ in range(draw(st.integers(1, 6), label="rounds")):
             for _ in range(draw(st.integers(1, 3), label="actions")):

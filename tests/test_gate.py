@@ -216,7 +216,7 @@ def run(optimizer, plan):
         set_grads(params, step[0] if isinstance(step, list) else step)
         if isinstance(step, list):
             poison(params)
-            before, begun = snapshot(optimizer), optimizer._plan is not None
+            before, begun = snapshot(optimizer), optimizer._stepper.plan is not None
             optimizer.step()
             after = snapshot(optimizer)
             assert after["params"] == before["params"]

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.gpu
 @pytest.fixture(autouse=True)
 def ordinary_steps(monkeypatch):
     """Without FUSEDOPT_DEBUG, under which every step makes new tables."""
-    monkeypatch.setattr("fusedopt.optimizer._DEBUG", False)
+    monkeypatch.setattr("fusedopt.plan.DEBUG", False)
 
 
 def static_grads(optimizer, seed):

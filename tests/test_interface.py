@@ -388,5 +388,5 @@ def test_another_backend_between_two_steps():
     train(optimizer, range(1, 3))
     expected = torch.optim.Adam(make_params(), foreach=False)
     train(expected, range(3))
-    assert not any(entry.kernels for entry in optimizer._plan.entries)
+    assert not any(entry.kernels for entry in optimizer._stepper.plan.entries)
     assert_same(optimizer, expected)

@@ -27,8 +27,8 @@ from tolerance import assert_close
 from torch import Tensor
 
 pytest.importorskip("triton")
-import fusedopt.hyper
-import fusedopt.tables
+import fusedopt.engines.tables
+import fusedopt.step.hyper
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -76,7 +76,7 @@ def test_follows_the_oracle(case, dtypes, device, seed):
     """Tensors of every critical size and alignment, in one launch; nothing beside them is written."""
     dtype, grad_dtype, state_dtype = dtypes
     noise, grad_noise = Noise(seed, dtype, device), Noise(seed + 1, grad_dtype, device)
-    block, chunk = fusedopt.tables.Signature(dtype, grad_dtype, (state_dtype, state_dtype)).tiling
+    block, chunk = fusedopt.engines.tables.Signature(dtype, grad_dtype, (state_dtype, state_dtype)).tiling
     sizes = {str(n): n for n in (0, 1, 3, block - 1, block, block + 1, block + 17, chunk + 5)}
     # Two blocks each: whole ones where the gradient alone is unaligned, else those of the tail.
     sizes["gradient unaligned"] = block + 13
@@ -290,8 +290,8 @@ def test_duplicates_step_one_after_the_other(case, device, seed):
 def test_shared_memory_steps_one_after_the_other(case, device, monkeypatch, seed):
     """Overlapping parameters, and gradients that are the memory of a parameter before or after them."""
     # The programs of a launch may run in any order; the interpreter's is the right one by chance.
-    in_order = fusedopt.tables.chunks_of
-    monkeypatch.setattr(fusedopt.tables, "chunks_of", lambda *sizes: in_order(*sizes)[::-1].copy())
+    in_order = fusedopt.engines.tables.chunks_of
+    monkeypatch.setattr(fusedopt.engines.tables, "chunks_of", lambda *sizes: in_order(*sizes)[::-1].copy())
     noise = Noise(seed, FP64, device)
     memory = 10 + noise(60).clamp(-2, 2)  # far from 0, so that no gradient is one whose sign rounding decides
 
@@ -316,9 +316,9 @@ def test_shared_memory_steps_one_after_the_other(case, device, monkeypatch, seed
 @pytest.mark.parametrize("debug", [False, True])  # under which every step makes new tables
 def test_hyperparameters_on_the_device(device, monkeypatch, seed, debug):
     """`prepare` reads tensors through their addresses, at each step again; numbers beside them stay numbers."""
-    monkeypatch.setattr("fusedopt.optimizer._DEBUG", debug)
+    monkeypatch.setattr("fusedopt.plan.DEBUG", debug)
     monkeypatch.setattr(
-        fusedopt.hyper, "_number", lambda value, *_: value if isinstance(value, Tensor) else float(value)
+        fusedopt.step.hyper, "_number", lambda value, *_: value if isinstance(value, Tensor) else float(value)
     )
     noise = Noise(seed, FP32, device)
     values = [noise(40) for _ in range(3)]

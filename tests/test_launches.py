@@ -7,7 +7,7 @@ from conftest import DEVICE
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedopt
-import fusedopt.tables
+import fusedopt.engines.tables
 
 SIZES = (1, 7, 0, 1000, 33, 64)
 
@@ -15,7 +15,7 @@ SIZES = (1, 7, 0, 1000, 33, 64)
 @pytest.fixture(autouse=True)
 def ordinary_steps(monkeypatch):
     """Without FUSEDOPT_DEBUG, under which every step makes a new plan."""
-    monkeypatch.setattr("fusedopt.optimizer._DEBUG", False)
+    monkeypatch.setattr("fusedopt.plan.DEBUG", False)
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def launches(monkeypatch):
         tables = [arg for arg in args if isinstance(arg, torch.Tensor)]
         record.append((kernel.fn.__name__, programs, tables))
 
-    monkeypatch.setattr(fusedopt.tables, "launch", launch)
+    monkeypatch.setattr(fusedopt.engines.tables, "launch", launch)
     return record
 
 
@@ -75,10 +75,10 @@ def test_two_launches_for_every_optimizer(launches, case):
 def test_two_launches_for_every_mode(launches, mode):
     optimizer = adam(parameters(10, mode.dtype), **mode.options)
     optimizer.step()
-    plan = optimizer._plan
+    plan = optimizer._stepper.plan
     optimizer.param_groups[0]["lr"] *= 0.5
     optimizer.step()
-    assert optimizer._plan is plan
+    assert optimizer._stepper.plan is plan
     assert kernels(launches) == 2 * ["prepare", "update"]
 
 
@@ -109,7 +109,7 @@ def test_one_more_launch_for_each_dtype_of_gradients(launches, options, count):
 @pytest.mark.parametrize(("size", "programs"), [(1, 1), (16 * 1024, 1), (16 * 1024 + 1, 2), (10**6, 4)])
 def test_squares_are_summed_by_so_many_programs(launches, monkeypatch, size, programs):
     """A number that does not depend on the device, and of which each leaves one sum."""
-    monkeypatch.setattr(fusedopt.tables, "SQUARES_PROGRAMS", {True: 4, False: 4})
+    monkeypatch.setattr(fusedopt.engines.tables, "SQUARES_PROGRAMS", {True: 4, False: 4})
     param = torch.nn.Parameter(torch.ones(size, device=DEVICE))
     set_grads([param])
     adam([param], max_grad_norm=1.0).step()
@@ -132,7 +132,7 @@ def test_missing_gradients_rebuild_nothing(launches):
     params = parameters(30)
     optimizer = adam([{"params": params[:10]}, {"params": params[10:]}])
     optimizer.step()
-    plan = optimizer._plan
+    plan = optimizer._stepper.plan
     for missing in (params[:1], params[10:], params[3:20:2], []):
         set_grads(params)
         for param in missing:
@@ -140,7 +140,7 @@ def test_missing_gradients_rebuild_nothing(launches):
         kernels(launches)
         optimizer.step()
         assert kernels(launches) == ["prepare", "update"]
-        assert optimizer._plan is plan
+        assert optimizer._stepper.plan is plan
 
 
 NUMBERS = [
@@ -157,12 +157,12 @@ NUMBERS = [
 def test_new_numbers_rebuild_nothing(launches, numbers):
     optimizer = adam(parameters(5), max_grad_norm=1.0, ema_decay=0.9)
     optimizer.step()
-    plan = optimizer._plan
+    plan = optimizer._stepper.plan
     static = [tables[0].data_ptr() for _, _, tables in launches]
     kernels(launches)
     optimizer.param_groups[0].update(numbers)
     optimizer.step()
-    assert optimizer._plan is plan
+    assert optimizer._stepper.plan is plan
     assert [tables[0].data_ptr() for _, _, tables in launches] == static
     assert kernels(launches) == ["sum_squares", "prepare", "update"]
 
@@ -177,7 +177,7 @@ def test_ordinary_training_keeps_the_plan(launches):
         model(torch.ones(3, 5, device=DEVICE)).sum().backward()
         held += [param.grad for param in model.parameters()]
         optimizer.step()
-        plans.append(optimizer._plan)
+        plans.append(optimizer._stepper.plan)
     assert all(plan is plans[0] for plan in plans)
     assert kernels(launches) == 10 * ["prepare", "update"]
 
@@ -253,7 +253,7 @@ def test_steady_step_waits_for_nothing(launches, case, dtype, options):
         with operations:
             optimizer.step()
     assert not operations.names & WAITING
-    assert optimizer._plan is not None
+    assert optimizer._stepper.plan is not None
     assert kernels(launches) == 4 * ["prepare", "update"]
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from cases import AVERAGED, CASES, MODES, Case
 
-import fusedopt.tables
+import fusedopt.engines.tables
+from fusedopt.storage.states import create_states
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="traces the interpreter, the GPU runs the kernels")
 
@@ -64,7 +65,7 @@ def traced_step(monkeypatch):
     """Makes a step of an optimizer and returns its trace. Accesses without a mask have a mask of ones here."""
     from triton.runtime.interpreter import interpreter_builder as builder
 
-    load, store, launch = builder.create_masked_load, builder.create_masked_store, fusedopt.tables.launch
+    load, store, launch = builder.create_masked_load, builder.create_masked_store, fusedopt.engines.tables.launch
 
     def step(optimizer):
         trace = Trace()
@@ -83,9 +84,9 @@ def traced_step(monkeypatch):
 
         monkeypatch.setattr(builder, "create_masked_load", traced_load)
         monkeypatch.setattr(builder, "create_masked_store", traced_store)
-        monkeypatch.setattr(fusedopt.tables, "launch", traced_launch)
+        monkeypatch.setattr(fusedopt.engines.tables, "launch", traced_launch)
         tiling = property(lambda signature: (BLOCK_SIZE, 2 * BLOCK_SIZE))
-        monkeypatch.setattr(fusedopt.tables.Signature, "tiling", tiling)
+        monkeypatch.setattr(fusedopt.engines.tables.Signature, "tiling", tiling)
         optimizer.step()
         trace.loads.sort()
         trace.stores.sort()
@@ -128,7 +129,7 @@ def with_states(case, param_dtype, grad_dtype, **options):
     params = parameters(param_dtype, grad_dtype)
     optimizer = case.make(params, backend="triton", **options)
     for param in params:
-        optimizer.create_states(param, optimizer.state[param], optimizer.param_groups[0])
+        create_states(optimizer, param, optimizer.state[param], optimizer.param_groups[0])
     return optimizer, params
 
 

@@ -17,7 +17,8 @@ from tolerance import ULPS, assert_close, ulp
 from twins import BACKENDS
 
 import fusedopt
-import fusedopt.tables
+import fusedopt.engines.tables
+from fusedopt.storage.states import create_states
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -102,7 +103,7 @@ def test_every_mode_of_every_optimizer(case, mode, backend, device, seed):
     params = [torch.nn.Parameter(noise(size)) for size in (200, 0, 1, 4096 + 77)]
     optimizer = case.make(params, backend=backend, seed=SEED, **mode.options)
     for param in params:  # some begin with more than zeros, which are rounded too
-        optimizer.create_states(param, optimizer.state[param], optimizer.param_groups[0])
+        create_states(optimizer, param, optimizer.state[param], optimizer.param_groups[0])
     for step in range(1, 4):
         for param in params:
             param.grad = noise(param.numel())

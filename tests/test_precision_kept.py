@@ -11,7 +11,7 @@ from test_state import saved_and_loaded
 from twins import BACKENDS, bits
 
 import fusedopt
-import fusedopt.tables
+import fusedopt.engines.tables
 
 pytestmark = pytest.mark.parametrize("backend", BACKENDS)
 

@@ -11,7 +11,7 @@ from test_precision_state import between_two, every_mode, make_params
 from twins import BACKENDS, bits, set_grads, snapshot, train
 
 import fusedopt
-import fusedopt.tables
+import fusedopt.engines.tables
 
 pytestmark = pytest.mark.parametrize("backend", BACKENDS)
 

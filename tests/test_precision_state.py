@@ -23,7 +23,7 @@ from twins import BACKENDS, bits, params_of, random, set_grads, train
 from twins import make as make_named
 
 import fusedopt
-import fusedopt.tables
+from fusedopt.engines.signature import Signature
 
 pytestmark = pytest.mark.parametrize("backend", BACKENDS)
 
@@ -111,7 +111,7 @@ def test_it_goes_on_on_the_other_backend(mode, backend):
 
 
 def with_tiling(monkeypatch, block_size, chunk_size):
-    monkeypatch.setattr(fusedopt.tables.Signature, "tiling", property(lambda signature: (block_size, chunk_size)))
+    monkeypatch.setattr(Signature, "tiling", property(lambda signature: (block_size, chunk_size)))
 
 
 @pytest.mark.parametrize("mode", STOCHASTIC, ids=lambda mode: mode.id)

@@ -38,7 +38,7 @@ def test_code_runs(capsys):
     assert "\nbackend: " in capsys.readouterr().out
     rules = [block for block in BLOCKS if "@triton.jit" in block and "class " not in block]
     assert rules
-    sources = [path.read_text() for path in (ROOT / "kernels").glob("*.py")]
+    sources = [path.read_text() for path in (ROOT / "kernels").rglob("*.py")]
     for rule in rules:
         assert any(rule in source for source in sources), rule
 

@@ -14,8 +14,8 @@ from torch import Tensor
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from fusedopt import rounding  # noqa: E402
 from fusedopt.kernels import rounding as kernels  # noqa: E402
+from fusedopt.storage import rounding  # noqa: E402
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 both_dtypes = pytest.mark.parametrize("dtype", [BF16, FP16], ids=name_of)

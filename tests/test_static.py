@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import CASES
 
-from fusedopt import tables
+from fusedopt.engines import tables
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 

@@ -122,20 +122,21 @@ def test_a_tensor_lr_changed_in_place(name, backend, shape, dtype):
 @both_backends
 def test_an_lr_that_changes_while_the_plan_holds(backend, momentum, lr, monkeypatch):
     """What has been computed from it must not outlive it."""
-    monkeypatch.setattr("fusedopt.optimizer._DEBUG", False)  # under which every step makes a new plan
+    monkeypatch.setattr("fusedopt.plan.DEBUG", False)  # under which every step makes a new plan
     if lr == "tensor on a device":  # whose value the host does not compare
         as_it_is = lambda value, *_: value if isinstance(value, torch.Tensor) else float(value)  # noqa: E731
-        monkeypatch.setattr("fusedopt.hyper._number", as_it_is)
+        monkeypatch.setattr("fusedopt.step.hyper._number", as_it_is)
     pair = both("SGD", backend, momentum=momentum)
     for optimizer in pair:
         group = optimizer.param_groups[0]
         group["lr"] = 0.5 if lr == "number" else torch.tensor(0.5, dtype=torch.float64, device=DEVICE)
         train(optimizer, range(2))
-        plan = getattr(optimizer, "_plan", None)
+        stepper = getattr(optimizer, "_stepper", None)
+        plan = stepper and stepper.plan
         for step in range(2, 4):
             group["lr"] = group["lr"] * 0.5 if lr == "number" else group["lr"].mul_(0.5)
             train(optimizer, range(step, step + 1))
-        assert getattr(optimizer, "_plan", None) is plan
+        assert (stepper and stepper.plan) is plan
     assert_same(*pair)
 
 

@@ -7,7 +7,7 @@ from conftest import DEVICE
 from twins import random, set_grads, snapshot
 
 import fusedopt
-import fusedopt.tables
+import fusedopt.engines.tables
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 SGD_MOMENTUM = Case("SGD", {"lr": 0.1, "momentum": 0.9})
@@ -21,8 +21,8 @@ class Launches:
     def __init__(self, monkeypatch):
         self.seen = set()
         self.empty = False
-        self.make = fusedopt.tables.launch
-        monkeypatch.setattr(fusedopt.tables, "launch", self)
+        self.make = fusedopt.engines.tables.launch
+        monkeypatch.setattr(fusedopt.engines.tables, "launch", self)
 
     def __call__(self, kernel, programs, *args, **constants):
         types = [arg.dtype if isinstance(arg, torch.Tensor) else type(arg) for arg in args]
@@ -152,7 +152,7 @@ def test_states_that_are_there(launches, options):
 def test_numbers_on_the_device(launches, monkeypatch):
     """Another kernel reads them through their addresses."""
     if DEVICE == "cpu":  # where the host reads them
-        monkeypatch.setattr("fusedopt.hyper._number", lambda value, *_: value)
+        monkeypatch.setattr("fusedopt.step.hyper._number", lambda value, *_: value)
     lr = torch.tensor(0.1, device=DEVICE)
     optimizer = fusedopt.AdamW(parameters(FP32), lr=lr, backend="triton", **AROUND)
     assert_foretold(launches, optimizer, optimizer.step)
@@ -212,6 +212,6 @@ def test_what_cannot_be_warmed_up(monkeypatch):
     optimizer.param_groups[0]["max_grad_norm"] = -1.0
     with pytest.raises(ValueError, match="max_grad_norm"):
         fusedopt.warmup(optimizer)
-    monkeypatch.setattr("fusedopt.backend.is_capturing", lambda: True)
+    monkeypatch.setattr("fusedopt.step.graphs.is_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="capture"):
         fusedopt.warmup(optimizer)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from ..backend import BACKENDS
+from ..engines.choice import BACKENDS
 from . import average, forms, report, stability, trace, train
 
 PROGRAM = "python -m fusedopt.textbook"

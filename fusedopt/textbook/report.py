@@ -16,7 +16,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from PIL import Image  # which matplotlib brings
 from tabulate import tabulate
 
-from ..backend import why_no_kernels
+from ..engines.choice import why_no_kernels
 
 # From Okabe and Ito's palette, which colour-blind readers can tell apart.
 ORANGE, BLUE, GREEN, YELLOW, RED = "#E69F00", "#0072B2", "#009E73", "#F0E442", "#D55E00"

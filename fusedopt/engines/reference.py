@@ -1,0 +1,188 @@
+"""The reference backend: one parameter after the other, in plain torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..protocol import OptimizerLike, Scalars
+from ..step import layout
+from ..step.entry import Entry
+from ..step.gate import Gate
+from ..step.hyper import Hyper, Number, tuple_getter
+from ..step.live import Live, Row
+from ..storage import dtypes, rounding
+from ..storage.precision import KAHAN_COMP, MASTER_PARAM, ROUNDING_STEP
+
+
+class ReferenceStep:
+    """The entries of a plan that the reference steps."""
+
+    def __init__(self, entries: Sequence[Entry]) -> None:
+        mine = [(position, entry) for position, entry in enumerate(entries) if not entry.kernels]
+        positions, self._entries = zip(*mine, strict=True)
+        self._pick = tuple_getter(positions) if len(mine) < len(entries) else tuple
+        self._counts_steps = any(entry.scalar_names for entry in self._entries)
+        self._version = -1  # of the numbers from which the scalars have been computed
+        self._scalars: _Scalars
+
+    def read_gradients(self, live: Live, gate: Gate) -> None:
+        """Tell the gate what the gradients are like."""
+        grads = zip(self._entries, self._pick(live.grads), strict=True)
+        gate.add_grads([(entry.name, entry.part, grad) for entry, grad in grads if grad is not None])
+
+    def run(self, optimizer: OptimizerLike, live: Live, hyper: Hyper, gate: Gate) -> None:
+        """Step every parameter that has a gradient, if the gate lets the step pass."""
+        factor = 1.0
+        if not gate.is_open:
+            skip, factor = gate.decide()
+            if skip:
+                return
+        if self._counts_steps or hyper.version != self._version or hyper.on_device:
+            self._version, self._scalars = hyper.version, _Scalars(optimizer, hyper.rows)
+        computed = self._scalars
+        reference = optimizer.reference
+        no_states = (None,) * len(optimizer.states)
+        group = -1
+        scalars: Scalars = ()
+        # A sixth less for every operation than under no_grad, and nothing made here is kept. This is what
+        # torch.inference_mode() does, without its two calls in Python, which take as long as stepping a small tensor.
+        with torch._C._InferenceMode(True):
+            for entry, param, grad in zip(self._entries, self._pick(live.params), self._pick(live.grads), strict=True):
+                if grad is None:
+                    continue
+                row = live.rows[entry.row]
+                if entry.scalar_names:
+                    scalars = computed.advance(entry, row)
+                elif entry.group != group:
+                    group, scalars = entry.group, computed.without_states(entry.group)
+                if entry.plain:
+                    weights = param
+                    states = entry.pick_states(row) if entry.state_names else no_states
+                    reference(param, grad if factor == 1 else grad * factor, states, scalars)
+                else:
+                    weights = _widened(optimizer, entry, param, (grad, factor), row, scalars)
+                if entry.averaged:
+                    _average(entry, row, weights, float(hyper.rows[entry.group][-1]))
+
+
+class _Scalars:
+    """The scalars that numbers give, computed once for all parameters of a group that have made as many steps."""
+
+    def __init__(self, optimizer: OptimizerLike, numbers: Sequence[Sequence[Number]]) -> None:
+        self._compute = optimizer.scalars
+        self._numbers = numbers
+        self._ones = (1.0,) * len(optimizer.scalar_states)
+        self._computed: dict[tuple[int, Scalars], tuple[Scalars, Scalars]] = {}
+
+    def advance(self, entry: Entry, row: Row) -> Scalars:
+        """Advance the scalar states of a parameter, and return its scalars."""
+        values = tuple([row[slot].item() if slot >= 0 else 1.0 for slot in entry.scalar_slots])
+        scalars, advanced = self._of(entry.group, values)
+        for slot, old, new in zip(entry.scalar_slots, values, advanced, strict=True):
+            if slot >= 0 and new != old:
+                row[slot].fill_(new)
+        return scalars
+
+    def without_states(self, group: int) -> Scalars:
+        """The scalars where the options call for no scalar state."""
+        return self._of(group, self._ones)[0]
+
+    def _of(self, group: int, scalar_states: Scalars) -> tuple[Scalars, Scalars]:
+        key = group, scalar_states
+        if key not in self._computed:
+            self._computed[key] = self._compute(tuple(map(float, self._numbers[group][:-1])), scalar_states)
+        return self._computed[key]
+
+
+def _widened(
+    optimizer: OptimizerLike,
+    entry: Entry,
+    param: Tensor,
+    scaled_grad: tuple[Tensor, float],
+    row: Row,
+    scalars: Scalars,
+) -> Tensor:
+    """Convert what is stored in another dtype to that of the arithmetic, and round once when it is stored again.
+
+    Args:
+        scaled_grad: the gradient, and what it is multiplied by.
+
+    Returns:
+        The new weights, with what rounding the parameter loses if that is kept.
+    """
+    dtype = dtypes.compute_dtype(param)
+    named = dict(zip(entry.names, row, strict=True))
+    stored: Sequence[Any] = entry.pick_states(row)
+    grad, factor = _widen(scaled_grad[0], dtype), scaled_grad[1]
+    work = _widen(param, dtype)
+    states: Sequence[Any] = [None if state is None else _widen(state, dtype) for state in stored]
+    kept: Any = named.get(entry.kept or "")
+    stored_dtype = dtypes.real_dtype(param.dtype)
+    if entry.kept == MASTER_PARAM:
+        work = rounding.with_master(work, _widen(kept, dtype), stored_dtype)
+    elif entry.kept == KAHAN_COMP:
+        work = rounding.with_compensation(work, _widen(kept, dtype), stored_dtype)
+    optimizer.reference(work, grad if factor == 1 else grad * factor, states, scalars)
+    if entry.kept == MASTER_PARAM:
+        _narrow(kept, work)
+    elif entry.kept == KAHAN_COMP:
+        _narrow(kept, work - rounding.nearest(work, stored_dtype))
+
+    round_ = _Rounding(entry, param, named)
+    _narrow(param, work if entry.kept else round_(work, stored_dtype, 0))
+    for stream, (state, value) in enumerate(zip(stored, states, strict=True), start=1):
+        if state is not None:
+            _narrow(state, round_(value, dtypes.real_dtype(state.dtype), stream))
+    return work if entry.kept else _widen(param, dtype)
+
+
+def _average(entry: Entry, row: Row, weights: Tensor, decay: float) -> None:
+    """Move the average of a parameter towards its new weights."""
+    ema, ema_step = row[-1], row[len(entry.scalar_names) - 1]  # which come last of the states, and of the numbers
+    steps = ema_step.item()
+    average = _widen(ema, weights.dtype)
+    average.lerp_(weights, 1 - decay if steps else 1.0)
+    _narrow(ema, average)
+    ema_step.fill_(steps + 1)
+
+
+class _Rounding:
+    """Rounds the values of one parameter and step at random, if its group asks for that."""
+
+    def __init__(self, entry: Entry, param: Tensor, named: Mapping[str, Tensor]) -> None:
+        self._seed, self._tensor, self._first = entry.seed, entry.tensor, entry.first
+        if entry.seed is None:
+            return
+        self._step = int(named[ROUNDING_STEP].add_(1))
+        # The random numbers follow the elements in the order in which they lie.
+        self._stride = layout.dense_stride(param)
+        if param.is_complex():
+            self._stride = (*(2 * stride for stride in self._stride), 1)
+            self._first *= 2
+
+    def __call__(self, value: Tensor, dtype: torch.dtype, stream: int) -> Tensor:
+        """The value as `dtype` can hold it, where that has 16 bits."""
+        if self._seed is None or dtype.itemsize != 2:
+            return value
+        counter = self._seed, self._tensor, self._step, stream
+        random = rounding.random_bits(*counter, value.numel(), value.device, self._first)
+        return rounding.stochastic(value.float(), dtype, random.as_strided(value.shape, self._stride))
+
+
+def _widen(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    real = layout.as_real(tensor)
+    return real if real.dtype == dtype else real.to(dtype)
+
+
+def _narrow(tensor: Tensor, work: Tensor) -> None:
+    if work is tensor:
+        return
+    if tensor.layout == torch.strided and layout.is_raw(tensor):
+        tensor = layout.as_real(tensor)
+    elif tensor.is_complex():
+        work = torch.view_as_complex(work)
+    tensor.copy_(work)

@@ -1,0 +1,97 @@
+"""What a kernel is compiled for: the functions of its rule, the dtypes of its streams, and what these decide."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from ..protocol import OptimizerLike
+from ..storage.averaging import ema_dtype
+from ..storage.precision import kept_dtype
+from .choice import triton_interprets
+
+THREADS = 128  # of a program: on every GPU a thread then holds as many elements, hence has accesses as wide
+
+
+def launch_options(warp_size: int) -> dict[str, Any]:
+    """What the compiler is told beside the arguments, for a GPU with so many threads in a warp."""
+    return {"num_warps": THREADS // warp_size, "enable_fp_fusion": True}
+
+
+def rule(optimizer: type[OptimizerLike]) -> tuple[Any, Any]:
+    """The two device functions of an optimizer: its scalars and its update."""
+    if isinstance(optimizer.kernel, str):
+        module = import_module(f"fusedopt.kernels.rules.{optimizer.kernel}")
+        return module.scalars, module.update
+    return optimizer.kernel
+
+
+def count_scalars(optimizer: type[OptimizerLike], n_hyper: int) -> int:
+    """How many scalars a rule has. The values that it is asked with do not matter."""
+    n_scalar_states = len(optimizer.scalar_states)
+    scalars, scalar_states = optimizer.scalars((0.5,) * n_hyper, (0.5,) * n_scalar_states)
+    if len(scalar_states) != n_scalar_states:
+        raise TypeError(
+            f"`scalars` of {optimizer.__name__} returns {len(scalar_states)} scalar states, "
+            f"but {n_scalar_states} are declared: {optimizer.scalar_states}"
+        )
+    return len(scalars)
+
+
+def triton_type(dtype: torch.dtype) -> Any:
+    """What Triton calls a dtype."""
+    import triton.language as tl
+
+    return getattr(tl, str(dtype).removeprefix("torch."))
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What one compiled `update` kernel is made for: the dtypes of its streams, None where a state is absent."""
+
+    param: torch.dtype
+    grad: torch.dtype
+    states: tuple[torch.dtype | None, ...]
+    kept: str | None = None  # the state that holds what rounding the parameter loses
+    stochastic: bool = False
+    averaged: bool = False
+
+    @property
+    def streams(self) -> list[torch.dtype]:
+        """The dtype of every stream."""
+        kept = [] if self.kept is None else [kept_dtype(self.kept, self.param)]
+        ema = [ema_dtype(self.param)] if self.averaged else []
+        return [self.param, self.grad, *(dtype for dtype in self.states if dtype is not None), *kept, *ema]
+
+    @cached_property
+    def constants(self) -> dict[str, Any]:
+        """The compile-time arguments of `update`, but for its rule and the number of its scalars."""
+        import triton.language as tl
+
+        block_size, chunk_size = self.tiling
+        return {
+            "PARAM": triton_type(self.param),
+            "GRAD": triton_type(self.grad),
+            "STATES": tuple(None if dtype is None else triton_type(dtype) for dtype in self.states),
+            "KEPT": self.kept,
+            "EMA": triton_type(ema_dtype(self.param)) if self.averaged else None,
+            "STOCHASTIC": self.stochastic,
+            "COMPUTE": tl.float64 if self.param == torch.float64 else tl.float32,
+            "BLOCK_SIZE": block_size,
+            "CHUNK_SIZE": chunk_size,
+            # Threads that hold 8 elements of one stream and 4 of another would exchange them through shared memory.
+            "CONTIGUITY": 16 // max(dtype.itemsize for dtype in self.streams),
+        }
+
+    @cached_property
+    def tiling(self) -> tuple[int, int]:
+        """Elements of a block and of a program. The interpreter pays for programs, a GPU for long chunks."""
+        if triton_interprets():
+            return 4096, 4 * 4096
+        block_size = 512 if torch.float64 in self.streams else 1024
+        few_bytes = len(self.streams) <= 3 and max(dtype.itemsize for dtype in self.streams) == 2
+        return block_size, block_size * (8 if few_bytes else 4)

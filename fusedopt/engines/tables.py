@@ -1,0 +1,298 @@
+"""Tables of addresses on a device, and the launches of the two generic kernels that read them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..protocol import OptimizerLike
+from ..step import graphs
+from ..step.gate import Gate
+from ..step.hyper import Hyper, flat, tuple_getter
+from .choice import triton_interprets, warp_size
+from .signature import Signature, count_scalars, launch_options, rule, triton_type
+from .uploads import Array, Uploads
+
+PREPARE_BLOCK_SIZE = 128
+SQUARES_BLOCK_SIZE = 1024
+SQUARES_CHUNK_SIZE = 16 * SQUARES_BLOCK_SIZE  # one look-up serves many elements
+# Programs that add up squares: enough for a large GPU, few for the interpreter. Fixed, so that the sums are too.
+SQUARES_PROGRAMS = {False: 1024, True: 4}
+
+
+def launch(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
+    """Every kernel of fusedopt starts here."""
+    kernel[(programs,)](*args, **options)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One parameter as the kernels see it; `position` is that of its entry in the plan."""
+
+    position: int
+    group: int
+    signature: Signature
+    numel: int
+    tensor: int  # the place of the parameter among all of the optimizer's, for stochastic rounding
+    seed: int  # as a signed number
+    addresses: tuple[int, ...]  # parameter, states, what keeps the parameter's lost part, the average; 0 = absent
+    scalar_addresses: tuple[int, ...]  # of `number_address`; the last two count the roundings and the averagings
+    part: int = 0  # of `Ranks`
+    first: int = 0  # the place of the first element in the whole parameter, for stochastic rounding
+
+
+class Tables:
+    """The tensors of one device that are stepped together: one `prepare`, and one `update` for each signature."""
+
+    def __init__(self, optimizer: OptimizerLike, items: Sequence[Item], n_hyper: int, device: torch.device) -> None:
+        members: dict[Signature, list[Item]] = {}
+        for item in items:
+            members.setdefault(item.signature, []).append(item)
+        ordered = [item for same in members.values() for item in same]
+        self.positions = [item.position for item in ordered]
+        self.pick = tuple_getter(self.positions)
+        self.device = device
+        self._uploads = Uploads(device)
+        self._options = launch_options(warp_size(device))
+        self._scalars_rule, self._update_rule = rule(type(optimizer))
+        self._n_hyper = n_hyper
+        self._n_scalars = n_scalars = count_scalars(type(optimizer), n_hyper)
+        self._n_scalar_states = len(optimizer.scalar_states)
+        self._squares = Squares(ordered)
+
+        sections = [
+            np.array([item.group for item in ordered], dtype=np.int64),
+            np.array([item.scalar_addresses for item in ordered], dtype=np.int64).reshape(-1),
+            *self._squares.sections,
+        ]
+        for signature, same in members.items():
+            rows = np.array(
+                [(item.numel, item.tensor, item.seed, item.first, *item.addresses) for item in same], dtype=np.int64
+            )
+            sections += [rows.reshape(-1), chunks_of(rows[:, 0], signature.tiling[1])]
+        self.static, parts = _sections(list(map(len, sections)))
+        for part, section in zip(parts, sections, strict=True):
+            self.static[part] = section
+        on_device = self._uploads.upload(self.static, torch.empty(len(self.static), dtype=torch.int64, device=device))
+        self._groups, self._scalar_states, *tables = (on_device[part] for part in parts)
+        n_squares = len(self._squares.sections)
+        self._squares.tables, tables = tables[:n_squares], tables[n_squares:]
+        firsts = [0, *accumulate(map(len, members.values()))]
+        self._updates = [
+            (signature.constants, first, rows, chunks.view(torch.int32))
+            for signature, first, rows, chunks in zip(members, firsts, tables[::2], tables[1::2], strict=False)
+            if len(chunks)
+        ]
+        self._scalars = torch.empty(len(ordered) * (n_scalars + 2), dtype=torch.float64, device=device)
+        self._control = torch.empty(2, dtype=torch.float64, device=device)
+        # In place of what a step has not.
+        self._one = torch.ones((), dtype=torch.float32, device=device)
+        self._zero = torch.zeros((), dtype=torch.float32, device=device)
+        self._unread = torch.zeros(1, dtype=torch.float64, device=device)
+        self._uncounted = torch.zeros((), dtype=torch.int64, device=device)
+
+        # What may differ between two steps: gradients, numbers, addresses of numbers, limits.
+        n_numbers = len(optimizer.param_groups) * (n_hyper + 1)
+        self._dynamic, parts = _sections([len(ordered), n_numbers, n_numbers, 2])
+        self._told = [
+            self._dynamic[part].view(dtype) for part, dtype in zip(parts, (np.int64, np.float64) * 2, strict=True)
+        ]
+        self._dynamic_on_device = torch.empty(len(self._dynamic), dtype=torch.int64, device=device)
+        dtypes = (torch.int64, torch.float64) * 2
+        self._reads = [self._dynamic_on_device[part].view(dtype) for part, dtype in zip(parts, dtypes, strict=True)]
+        self._hyper_tensors: list[Tensor] = []
+        self._converts = False  # whether any of them is a copy, which does not follow its source
+        self._hyper_version = -1
+        self._known: Any = None  # what the last `read` was told
+
+    def is_current(self) -> bool:
+        """Whether the tables can be used on the current stream."""
+        return self._uploads.is_current()
+
+    def read(self, grad_addresses: Sequence[int], hyper: Hyper, gate: Gate) -> None:
+        """Bring what may differ between two steps to the device; gradients without an address sit this one out."""
+        known = grad_addresses, hyper.version, gate.numbers()
+        if known == self._known and not self._converts and not graphs.is_capturing():
+            return
+        grads, _, _, limits = self._told
+        grads[:] = grad_addresses
+        limits[:] = gate.numbers()
+        if hyper.version != self._hyper_version or self._converts:
+            self._read_hyper(hyper)
+        # The stream's earlier kernels have read the old contents by the time that these arrive.
+        self._uploads.upload(self._dynamic, self._dynamic_on_device)
+        self._known, self._hyper_version = known, hyper.version
+
+    def sum_squares(self) -> list[tuple[int, Tensor]]:
+        """For each part, sums of squares of its gradients, and not 0 where an element is not finite: float64 [n, 2]."""
+        with self._uploads.on_device():
+            return self._squares.launch(self._reads[0], self.device, self._options)
+
+    def step(self, gate: Gate) -> None:
+        """Step the tensors, if the gate lets the step pass."""
+        from ..kernels import multi_tensor as kernels
+
+        grads, hyper, hyper_pointers, limits = self._reads
+        n_tensors = len(self.positions)
+        partials = gate.partials_on(self.device) if gate.partials else self._unread
+        grad_norm = torch.empty((), dtype=torch.float64, device=self.device) if gate.partials else self._unread
+        if gate.partials and gate.grad_norm is None:
+            gate.grad_norm = grad_norm
+        skipped_steps = gate.take_counter()
+        gate.decided = True
+        found_inf = _on(self.device, gate.found_inf, self._zero)
+        grad_scale = _on(self.device, gate.grad_scale, self._one)
+        with self._uploads.on_device():
+            launch(
+                kernels.prepare,
+                -(-n_tensors // PREPARE_BLOCK_SIZE),
+                self._groups,
+                grads,
+                self._scalar_states,
+                hyper,
+                hyper_pointers,
+                limits,
+                grad_scale,
+                found_inf,
+                partials,
+                self._scalars,
+                self._control,
+                grad_norm,
+                self._uncounted if skipped_steps is None else skipped_steps,
+                n_tensors,
+                len(partials) if gate.partials else 0,
+                SCALARS=self._scalars_rule,
+                N_HYPER=self._n_hyper,
+                N_SCALAR_STATES=self._n_scalar_states,
+                N_SCALARS=self._n_scalars,
+                HYPER_TENSORS=bool(self._hyper_tensors),
+                BLOCK_SIZE=PREPARE_BLOCK_SIZE,
+                **self._options,
+            )
+            for constants, first, rows, chunks in self._updates:
+                launch(
+                    kernels.update,
+                    len(chunks) // 2,
+                    rows,
+                    grads,
+                    self._scalars,
+                    self._control,
+                    chunks,
+                    first,
+                    UPDATE=self._update_rule,
+                    N_SCALARS=self._n_scalars,
+                    **constants,
+                    **self._options,
+                )
+        self._uploads.keep_for_graph(
+            self._hyper_tensors, grads, partials, grad_norm, skipped_steps, found_inf, grad_scale
+        )
+
+    def _read_hyper(self, hyper: Hyper) -> None:
+        """Numbers, and the addresses of those that live on a device (odd: fp32). The tensors are kept alive."""
+        _, numbers, pointers, _ = self._told
+        self._hyper_tensors, self._converts = [], False
+        pointers[:] = 0
+        if not hyper.on_device:
+            numbers[:] = np.fromiter(flat(hyper.rows), np.float64, len(numbers))
+            return
+        for i, number in enumerate(flat(hyper.rows)):
+            if isinstance(number, Tensor):
+                if number.device != self.device or number.dtype not in (torch.float32, torch.float64):
+                    number, self._converts = number.to(self.device, torch.float64), True
+                self._hyper_tensors.append(number)
+                pointers[i] = number_address(number)
+            else:
+                numbers[i] = number
+
+
+class Squares:
+    """The gradients of some tables as `sum_squares` reads them: by their part and dtype, whatever else they are."""
+
+    def __init__(self, items: Sequence[Item]) -> None:
+        rows: dict[tuple[int, torch.dtype], list[tuple[int, int]]] = {}
+        for tensor, item in enumerate(items):
+            rows.setdefault((item.part, item.signature.grad), []).append((tensor, item.numel))
+        arrays = [np.array(same, dtype=np.int64) for same in rows.values()]
+        pairs = [(same.reshape(-1), chunks_of(same[:, 1], SQUARES_CHUNK_SIZE)) for same in arrays]
+        self.sections = [section for pair in pairs for section in pair]
+        self.tables: list[Tensor] = []  # the same on the device
+        self._kinds = list(rows)
+
+    def launch(self, grads: Tensor, device: torch.device, options: dict[str, Any]) -> list[tuple[int, Tensor]]:
+        """One launch for each part and dtype; for each part, what it left."""
+        from ..kernels import gate as kernels
+
+        programs = SQUARES_PROGRAMS[triton_interprets()]
+        counts = [min(len(chunks), programs) for chunks in self.tables[1::2]]
+        partials = torch.empty((sum(counts), 2), dtype=torch.float64, device=device)
+        firsts = [0, *accumulate(counts)]
+        for (_, dtype), rows, chunks, first, count in zip(
+            self._kinds, self.tables[::2], self.tables[1::2], firsts, counts, strict=False
+        ):
+            if count:
+                launch(
+                    kernels.sum_squares,
+                    count,
+                    rows,
+                    grads,
+                    chunks.view(torch.int32),
+                    partials[first : first + count],
+                    len(chunks),
+                    **squares_constants(dtype),
+                    **options,
+                )
+        if len({part for part, _ in self._kinds}) == 1:
+            return [(self._kinds[0][0], partials)]
+        return [
+            (part, partials[first : first + count])
+            for (part, _), first, count in zip(self._kinds, firsts, counts, strict=False)
+        ]
+
+
+def squares_constants(grad: torch.dtype) -> dict[str, Any]:
+    """The compile-time arguments of `sum_squares`."""
+    return {
+        "GRAD": triton_type(grad),
+        "BLOCK_SIZE": SQUARES_BLOCK_SIZE,
+        "CHUNK_SIZE": SQUARES_CHUNK_SIZE,
+        "CONTIGUITY": 16 // grad.itemsize,
+        "UNROLL": max(1, 8 // grad.itemsize),  # 64 bytes of each thread on their way at once
+    }
+
+
+def _on(device: torch.device, number: Any, default: Tensor) -> Tensor:
+    """A number of the user's as an fp32 tensor on this device."""
+    if number is None:
+        return default
+    return torch.as_tensor(number).to(device, torch.float32, non_blocking=True)
+
+
+def number_address(number: Tensor | None) -> int:
+    """What the kernels find a 0-d fp32 (odd) or fp64 (even) tensor by, 0 for none."""
+    return 0 if number is None else number.data_ptr() + (number.dtype == torch.float32)
+
+
+def _sections(sizes: Sequence[int]) -> tuple[Array, list[slice]]:
+    """One buffer of int64, and where in it sections of these sizes are.
+
+    Each begins at a multiple of 16 bytes: Triton compiles anew for a pointer that does not.
+    """
+    ends = list(accumulate(size + size % 2 for size in sizes))
+    parts = [slice(start, start + size) for start, size in zip([0, *ends], sizes, strict=False)]
+    return np.zeros(ends[-1], dtype=np.int64), parts
+
+
+def chunks_of(numels: Array, chunk_size: int) -> Array:
+    """(row, chunk) as two int32 in one int64, for every chunk of every tensor."""
+    counts = -(-numels // chunk_size)
+    rows = np.repeat(np.arange(len(numels)), counts)
+    firsts = np.repeat(np.cumsum(counts) - counts, counts)
+    pairs = np.stack([rows, np.arange(len(rows)) - firsts], axis=1).astype(np.int32)
+    return pairs.reshape(-1).view(np.int64)

@@ -1,0 +1,62 @@
+"""What the host sends to a device, and what must outlive the step because a CUDA graph reads it again."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..step import graphs
+
+Array = np.ndarray[Any, Any]
+
+
+class Uploads:
+    """Copies to one device, on the stream that was current when this was made."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stream = self._current_stream()
+        self._graphs: list[Any] = []  # what captured graphs read, which may neither change nor go
+        self._spare: Tensor | None = None
+
+    def is_current(self) -> bool:
+        """Whether what was uploaded can be used on the current stream: on that which it was made on and owns it.
+
+        A graph may be captured on any: what it uses is kept for it, and a capture begins when all streams are done.
+        """
+        return self._stream == self._current_stream() or graphs.is_capturing()
+
+    def upload(self, array: Array, copy: Tensor) -> Tensor:
+        """Copy to the device. The pinned source may go: torch's host allocator keeps it until it has been read."""
+        host = self._staging(len(array))
+        host.numpy()[:] = array
+        copy.copy_(host, non_blocking=True)
+        self.keep_for_graph(host, copy)  # which reads the source again at each replay
+        return copy
+
+    def keep_for_graph(self, *used: Any) -> None:
+        """Keep what the graph that is being captured will use, if one is."""
+        if graphs.is_capturing():
+            self._graphs.append(used)
+
+    def on_device(self) -> AbstractContextManager[Any]:
+        """Where kernels are launched."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+
+    def _staging(self, size: int) -> Tensor:
+        """Pinned memory: a captured copy reads from no other, and PyTorch 2.10 can allocate none while it captures."""
+        pinned = self.device.type == "cuda"
+        if graphs.is_capturing():
+            spare, self._spare = self._spare, None
+            if spare is not None and len(spare) == size:
+                return spare
+        elif self._spare is None or len(self._spare) != size:
+            self._spare = torch.empty(size, dtype=torch.int64, pin_memory=pinned)  # for a capture that may come
+        return torch.empty(size, dtype=torch.int64, pin_memory=pinned)
+
+    def _current_stream(self) -> int:
+        return torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0

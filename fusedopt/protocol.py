@@ -1,0 +1,52 @@
+"""What a step knows of an optimizer. `FusedOptimizer` is one, and tells what each of these means."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any, ClassVar, Protocol, TypeAlias
+
+from torch import Tensor
+
+Group: TypeAlias = dict[str, Any]  # a param group
+Scalars: TypeAlias = tuple[float, ...]
+States: TypeAlias = Sequence[Any]  # tensors, or None for one that the options leave out
+
+
+class OptimizerLike(Protocol):
+    """A declared class, its param groups and their states. Steps, engines and storage ask for no more."""
+
+    kernel: ClassVar[Any]
+    hyperparameters: ClassVar[tuple[str, ...]]
+    options: ClassVar[tuple[str, ...]]
+    optional: ClassVar[dict[str, Any]]
+    scalar_states: ClassVar[tuple[str, ...]]
+    states: ClassVar[tuple[str, ...]]
+
+    backend: str
+    defaults: Group
+    param_groups: list[Group]
+    state: defaultdict[Tensor, Any]
+    _origin: tuple[int, int, int]
+
+    @staticmethod
+    def scalars(hyper: Scalars, scalar_states: Scalars) -> tuple[Scalars, Scalars]:
+        """What an update needs beside its tensors."""
+        ...
+
+    @staticmethod
+    def reference(param: Tensor, grad: Tensor, states: States, scalars: Scalars) -> None:
+        """The update in plain torch."""
+        ...
+
+    def uses(self, name: str, group: Group) -> bool:
+        """Whether the options of a group call for a state."""
+        ...
+
+    def init_state(self, param: Tensor, state: dict[str, Any], group: Group) -> None:
+        """Create the states of the class that a parameter lacks."""
+        ...
+
+    def check_sparse(self, group: Group, name: str) -> None:
+        """Raise unless a step can use a sparse gradient."""
+        ...

@@ -1,0 +1,166 @@
+"""Whether a step is taken, and what its gradients are multiplied by: scaling, clipping, skipping."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..options import SKIPPED_STEPS, option
+from ..protocol import Group
+from . import graphs
+from .hyper import Hyper
+from .ranks import Ranks
+
+
+class Gate:
+    r"""What one step is told by ``torch.amp.GradScaler``, by its options, and by its gradients.
+
+    .. math::
+        n &= \frac{1}{s} \sqrt{\sum g^2} \\
+        \text{factor} &= \frac{1}{s} \min\left(1, \frac{\text{max_grad_norm}}{n + 10^{-6}}\right)
+
+    with the `grad_scale` :math:`s`. The step is skipped where `found_inf` is not 0, or where a gradient is not finite
+    and `skip_nonfinite` is set. The sums are those of all parameters, on all devices, in float64, in which no fp32
+    gradient overflows. Kernels decide on the device (`kernels/gate.py`, the twin of this), the reference on the host.
+    """
+
+    def __init__(self, hyper: Hyper, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
+        self.grad_scale = grad_scale
+        self.found_inf = found_inf
+        self.max_grad_norm = None if hyper.max_grad_norm is None else float(hyper.max_grad_norm)
+        self.skip_nonfinite = hyper.skip_nonfinite
+        self.skipped_steps: Tensor | None = None  # counts, on the device of the first of those who decide
+        self.ranks: Ranks | None = None  # of the mesh on which parameters are sharded
+        self.partials: list[Tensor] = []  # float64 [n, 2]: sums of squares, and 0 where all was finite
+        self._of_shards: list[tuple[int, Tensor]] = []  # the same, with the part that `ranks` are to add up
+        self._asked = False
+        self.decided = False
+        self.grad_norm: Tensor | None = None  # float64, once it is known
+
+    @property
+    def may_skip(self) -> bool:
+        """Whether the step may be skipped."""
+        return self.found_inf is not None or self.skip_nonfinite
+
+    @property
+    def reads_gradients(self) -> bool:
+        """Whether it takes the gradients to decide."""
+        return self.max_grad_norm is not None or self.skip_nonfinite
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the step is taken, with the gradients as they are."""
+        return self.grad_scale is None and self.found_inf is None and not self.reads_gradients
+
+    @property
+    def needs_ranks(self) -> bool:
+        """Whether the ranks that share a model must agree on something."""
+        return self.reads_gradients or self.found_inf is not None
+
+    def numbers(self) -> tuple[float, float]:
+        """What the kernels know of the options."""
+        return -1.0 if self.max_grad_norm is None else self.max_grad_norm, float(self.skip_nonfinite)
+
+    def add(self, partials: Tensor, part: int = 0) -> None:
+        """Add sums of squares, and whether something was not finite, of gradients of one part of `Ranks`."""
+        if self.ranks is None:
+            self.partials.append(partials)
+        else:
+            self._of_shards.append((part, partials))
+
+    @torch.no_grad()
+    def add_grads(self, grads: Iterable[tuple[str, int, Tensor]]) -> None:
+        """Add gradients that no kernel reads, each with the name and the part of its parameter."""
+        together: dict[tuple[int, torch.device], list[Tensor]] = {}
+        for name, part, grad in grads:
+            if type(grad).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+                raise RuntimeError(
+                    f"max_grad_norm and skip_nonfinite do not know the whole gradient of {name}: "
+                    f"it is a {type(grad).__name__}"
+                )
+            together.setdefault((part, grad.device), []).append(grad)
+        for (part, _), of_part in together.items():
+            self.add(_sums(of_part), part)
+
+    def ask_ranks(self) -> None:
+        """Learn from the other ranks what they know, once."""
+        if self.ranks is None or self._asked:
+            return
+        self._asked = True
+        with torch.no_grad():
+            of_all, found_inf = self.ranks.add_up(self._of_shards, self.found_inf)
+        if self.reads_gradients:
+            self.partials = [*(partials for part, partials in self._of_shards if part == 0), of_all]
+        if self.found_inf is not None:
+            self.found_inf = found_inf
+
+    def partials_on(self, device: torch.device) -> Tensor:
+        """The sums of all devices."""
+        if len(self.partials) == 1 and self.partials[0].device == device:
+            return self.partials[0]
+        return torch.cat([partials.to(device, non_blocking=True) for partials in self.partials])
+
+    def take_counter(self) -> Tensor | None:
+        """The counter of skipped steps, for the first who asks: the others would count the same step."""
+        counter, self.skipped_steps = self.skipped_steps, None
+        return counter
+
+    @torch.no_grad()
+    def decide(self) -> tuple[bool, float]:
+        """(whether the step is skipped, what the gradients are multiplied by), on the host, which waits for them."""
+        self.decided = True
+        scale = 1.0 if self.grad_scale is None else float(self.grad_scale)
+        skip = self.found_inf is not None and float(self.found_inf) != 0
+        factor = 1 / scale if scale else math.inf
+        if self.partials:
+            squares, not_finite = self.partials_on(self.partials[-1].device).sum(dim=0)
+            grad_norm = squares.sqrt() * factor
+            self.grad_norm = grad_norm if self.grad_norm is None else self.grad_norm
+            skip = skip or (self.skip_nonfinite and bool(not_finite != 0))
+            if self.max_grad_norm is not None:
+                factor *= float((self.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0))
+        counter = self.take_counter()
+        if counter is not None and skip:
+            counter.add_(1)
+        return skip, factor
+
+
+def settled_counter(group: Group, counter: Tensor | int, device: torch.device) -> Tensor:
+    """The counter of skipped steps as a 0-d int64 tensor on this device.
+
+    It is saved with `skip_nonfinite` only: a group that has the key asks every checkpoint for it, and GradScaler's
+    user has asked for nothing.
+
+    Args:
+        group: the first param group, which gets it where it is saved.
+        counter: what has counted so far, if the group has none.
+        device: where the step is decided.
+    """
+    current: Any = group.get(SKIPPED_STEPS, counter)
+    settled = isinstance(current, Tensor) and (current.shape, current.dtype) == ((), torch.int64)
+    if not settled or current.device != device:
+        if graphs.is_capturing():
+            raise RuntimeError("nothing counts skipped steps yet: make a step before the capture")
+        current = torch.full((), int(current), dtype=torch.int64, device=device)
+    if SKIPPED_STEPS in group or option(group, "skip_nonfinite"):
+        group[SKIPPED_STEPS] = current
+    return current
+
+
+def _sums(grads: Sequence[Tensor]) -> Tensor:
+    """[sum of squares, 0 if all elements are finite] of each gradient, in float64."""
+    values = [grad if grad.layout == torch.strided else grad.coalesce().values() for grad in grads]
+    norms = torch.stack([torch.linalg.vector_norm(value, dtype=_wide_dtype(value)) for value in values])
+    not_finite = ~norms.isfinite()  # nor is an element then: no sum of squares of fewer bits overflows in float64
+    for i, value in enumerate(values):
+        if value.dtype in (torch.float64, torch.complex128):
+            not_finite[i] = ~value.isfinite().all()
+    return torch.stack([norms.square(), not_finite.double()], dim=1)
+
+
+def _wide_dtype(grad: Tensor) -> torch.dtype:
+    return torch.complex128 if grad.is_complex() else torch.float64

@@ -1,0 +1,163 @@
+"""The hyperparameters of every group as float64 numbers, re-read at each step."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import accumulate, chain
+from operator import is_, itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..options import DEFAULTS, check_group, is_number, option
+from ..protocol import Group, OptimizerLike
+
+Number = float | Tensor
+
+
+class Hyper:
+    """One row of numbers a group, in the order of the class's `hyperparameters`; pairs such as `betas` take two places.
+
+    The last number of a row is the `ema_decay`, 0 where there is no average. What is one for all groups stands beside
+    the rows. A number may be a one-element tensor. Only its identity is compared, never its value, which may be on a
+    device. The `options` have no place in a row, but a change of one counts as a change. What is `optional` a group may
+    lack.
+    """
+
+    def __init__(self, optimizer: OptimizerLike) -> None:
+        names, optional = optimizer.hyperparameters, {**DEFAULTS, **optimizer.optional}
+        defaults = {**optimizer.defaults, **optional}
+        self._defaults = {name: defaults[name] for name in names}
+        self._required = tuple(name for name in (*names, *optimizer.options) if name not in optional)
+        self._optional = tuple(optional)
+        ends = accumulate(map(count_numbers, zip(self._defaults.values(), strict=True)))
+        self._ends = dict(zip(self._defaults, ends, strict=True))  # of each name's place in a row
+        self._keys: list[str] = []
+        self._sizes: list[int] = []
+        self._getters: list[Callable[[Group], tuple[Any, ...]]] = []  # of the keys of each group that matter
+        self._places: list[tuple[int, str]] = []  # group and key of each value
+        self._values: list[Any] = []
+        self._volatile = False  # whether a value may change within itself
+        self.rows: list[list[Number]] = []
+        self.on_device = False  # whether a number is a tensor on a device
+        self.max_grad_norm: float | None = None
+        self.skip_nonfinite = False
+        self.version = 0  # grows when a number may have changed
+
+    @property
+    def count(self) -> int:
+        """How many numbers of a row are the class's."""
+        return count_numbers(self._defaults.values())
+
+    def refresh(self, groups: Sequence[Group]) -> set[str]:
+        """Read the groups again; the keys whose values may have changed since the last call."""
+        keys, sizes = list(chain.from_iterable(groups)), list(map(len, groups))
+        if keys != self._keys or sizes != self._sizes:
+            return self._begin(groups, keys, sizes)
+        values = self._read(groups)
+        if not self._volatile and all(map(is_, flat(values), self._values)):
+            return set()
+        new = [
+            (index, name, value)
+            for (index, name), value, old in zip(self._places, flat(values), self._values, strict=True)
+            if value is not old or (self._volatile and not _immutable(value))
+        ]
+        self._values = list(flat(values))
+        return self._take(groups, new)
+
+    def _begin(self, groups: Sequence[Group], keys: list[str], sizes: list[int]) -> set[str]:
+        """Read groups of other keys than before, of which nothing is known."""
+        self._keys, self._sizes = keys, sizes
+        names = [(*self._required, *(name for name in self._optional if name in group)) for group in groups]
+        self._getters = list(map(tuple_getter, names))
+        self._places = [(index, name) for index, of_group in enumerate(names) for name in of_group]
+        self._values = list(flat(self._read(groups)))
+        self.rows = [[0.0] * (self.count + 1) for _ in groups]
+        new = [
+            (index, name, group.get(name, self._defaults.get(name)))
+            for index, group in enumerate(groups)
+            for name in (*self._required, *self._optional)
+        ]
+        self._take(groups, new)
+        return {*self._required, *self._optional}
+
+    def _read(self, groups: Sequence[Group]) -> list[tuple[Any, ...]]:
+        return [get(group) for get, group in zip(self._getters, groups, strict=True)]
+
+    def _take(self, groups: Sequence[Group], new: Sequence[tuple[int, str, Any]]) -> set[str]:
+        """Put new values, each with its group and name, into their places; the names of those that are different."""
+        if not {name for _, name, _ in new}.isdisjoint(self._optional):
+            for index in range(len(groups)):
+                check_group(groups, index)
+            self.max_grad_norm = option(groups[0], "max_grad_norm") if groups else None
+            self.skip_nonfinite = bool(groups and option(groups[0], "skip_nonfinite"))
+        changed = {name for index, name, value in new if self._put(index, name, value)}
+        if self._volatile or not all(_immutable(value) for _, _, value in new):
+            self._volatile = not all(map(_immutable, self._values))
+        self.on_device = self._volatile and any(isinstance(number, Tensor) for number in flat(self.rows))
+        self.version += bool(changed)
+        return changed
+
+    def _put(self, index: int, name: str, value: Any) -> bool:
+        """Whether a value is another one than before."""
+        row = self.rows[index]
+        if name == "ema_decay":
+            row[-1] = float(value or 0.0)
+        if name not in self._ends:
+            return True
+        places = places_of(self._defaults[name])
+        if places_of(value) != places:
+            wanted = f"{places} numbers" if places else "one number"
+            raise ValueError(f"{name} of group {index} must be {wanted}, but it is {value!r}")
+        numbers = [_number(number, name, index) for number in (value if places else (value,))]
+        place = slice(self._ends[name] - len(numbers), self._ends[name])
+        if all(map(_same_number, numbers, row[place])):
+            return False
+        row[place] = numbers
+        return True
+
+
+def flat(rows: Iterable[Iterable[Any]]) -> Iterator[Any]:
+    """The items of all rows."""
+    return chain.from_iterable(rows)
+
+
+def count_numbers(values: Iterable[Any]) -> int:
+    """How many numbers these hyperparameters hold."""
+    return sum(places_of(value) or 1 for value in values)
+
+
+def places_of(value: Any) -> int:
+    """How many numbers a hyperparameter holds; 0 for a single one that is not in a sequence."""
+    return len(value) if isinstance(value, (tuple, list)) else 0
+
+
+def tuple_getter(keys: Sequence[Any]) -> Callable[[Any], tuple[Any, ...]]:
+    """An itemgetter that returns a tuple for any number of keys."""
+    if len(keys) > 1:
+        return itemgetter(*keys)
+    if len(keys) == 1:
+        (key,) = keys
+        return lambda items: (items[key],)
+    return lambda items: ()
+
+
+def _immutable(value: Any) -> bool:
+    return (
+        value is None
+        or isinstance(value, (bool, int, float, str, torch.dtype))
+        or (type(value) is tuple and all(map(_immutable, value)))
+    )
+
+
+def _same_number(a: Number, b: Number) -> bool:
+    return a is b or not (isinstance(a, Tensor) or isinstance(b, Tensor) or a != b)
+
+
+def _number(value: Any, name: str, index: int) -> Number:
+    if not isinstance(value, Tensor):
+        if not is_number(value):
+            raise TypeError(f"{name} of group {index} must be a number, but it is {value!r}")
+        return float(value)
+    if value.numel() != 1:
+        raise ValueError(f"Tensor {name} of group {index} must be 1-element")
+    return float(value) if value.device.type == "cpu" else value

@@ -1,0 +1,66 @@
+"""How tensors lie in memory: a kernel walks parameter, gradient and states in one flat order, which they must share."""
+
+import torch
+from torch import Tensor
+
+
+def lie(tensor: Tensor) -> tuple[tuple[int, int], ...]:
+    """(size, stride) of every dimension that decides the order of the elements; size 1 decides nothing."""
+    return tuple((size, stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size != 1)
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one block of memory without gaps or overlaps, in any order of the dimensions."""
+    if tensor.numel() == 0:
+        return True
+    expected = 1
+    for size, stride in sorted(lie(tensor), key=lambda dimension: dimension[1]):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def is_raw(tensor: Tensor) -> bool:
+    """Whether the memory holds the values themselves, not their conjugates or negatives."""
+    return not (tensor.is_conj() or tensor.is_neg())
+
+
+def overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two indices certainly share memory, as in an expanded tensor."""
+    return tensor.numel() > 1 and any(stride == 0 for _, stride in lie(tensor))
+
+
+def dense_stride(tensor: Tensor) -> tuple[int, ...]:
+    """The strides in which the kernels walk a tensor: its own, or the same order without its gaps."""
+    if is_dense(tensor):
+        return tensor.stride()
+    return torch.empty_like(tensor, device="meta", memory_format=torch.preserve_format).stride()
+
+
+def dense_copy(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """The values of a tensor in new, raw memory of these strides."""
+    copy = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device)
+    return copy.copy_(tensor)
+
+
+def same_order(shape: tuple[int, ...], stride: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Whether two tensors of one shape are walked in the same order; a dimension of size 1 decides nothing."""
+    return all(size == 1 or a == b for size, a, b in zip(shape, stride, wanted, strict=True))
+
+
+def lies_as(tensor: Tensor, stride: tuple[int, ...]) -> bool:
+    """Whether the kernels can walk a tensor by these strides."""
+    return is_raw(tensor) and same_order(tensor.shape, tensor.stride(), stride)
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """A complex tensor as the real tensor of its parts, which shares its memory where that is raw."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def extent(tensor: Tensor) -> tuple[int, int]:
+    """First byte and one past the last byte that the tensor reaches."""
+    address = tensor.data_ptr()
+    reach = 1 + sum((size - 1) * stride for size, stride in lie(tensor))
+    return address, address + reach * tensor.element_size() if tensor.numel() else address

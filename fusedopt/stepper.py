@@ -1,0 +1,107 @@
+"""The steps of one optimizer, one after the other: what they share, and what is left when one of them fails."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import plan as plans
+from .engines.choice import use_kernels
+from .plan import Plan, all_params, used_states
+from .protocol import OptimizerLike
+from .step import graphs
+from .step.entry import param_name
+from .step.gate import Gate, settled_counter
+from .step.hyper import Hyper
+from .step.live import Live
+from .step.sharding import local_grads
+from .storage.averaging import check_not_swapped
+
+
+class Stepper:
+    """Takes the steps of one optimizer. A copy of it begins anew, but for what has been counted."""
+
+    def __init__(self, may_skip: bool = False, skipped_steps: Tensor | int = 0) -> None:
+        self.may_skip = may_skip  # whether any step could have been skipped
+        self.skipped_steps = skipped_steps
+        self.grad_norm: Tensor | None = None
+        self.plan: Plan | None = None
+        self._hyper: Hyper | None = None
+        self._captured: list[Plan] = []  # what graphs read, for as long as they may be replayed
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.may_skip, self.skipped_steps)
+
+    def forget(self) -> None:
+        """Look at everything anew in the next step."""
+        self.plan = self._hyper = None
+
+    def step(self, optimizer: OptimizerLike) -> None:
+        """Update every parameter that has a gradient."""
+        check_not_swapped(optimizer, "step")
+        hyper = self._hyper = self._hyper or Hyper(optimizer)
+        capturing = graphs.is_capturing()
+        if capturing:
+            self._check_capture(optimizer)
+        try:
+            changed = hyper.refresh(optimizer.param_groups)
+            # GradScaler sets them before the step, `grad_scale` to None after `unscale_`, and deletes them afterwards.
+            told = vars(optimizer)
+            gate = Gate(hyper, told.get("grad_scale"), told.get("found_inf"))
+            if gate.may_skip and not self.may_skip:
+                self.may_skip, self.plan = True, None
+            plan, live = self._planned(optimizer, hyper, changed)
+        except Exception:
+            self.forget()  # whatever was new to this step is new to the next one too
+            raise
+        self.plan = plan
+        if capturing:  # the graph's from now on: what it has uploaded is there only when it is replayed
+            self.plan = None
+            self._captured.append(plan)
+        if gate.may_skip:
+            counter = settled_counter(optimizer.param_groups[0], self.skipped_steps, plan.device)
+            self.skipped_steps = gate.skipped_steps = counter
+        plan.run(optimizer, live, hyper, gate)
+        self.grad_norm = gate.grad_norm
+
+    def all_in_kernels(self, optimizer: OptimizerLike) -> bool:
+        """Whether the kernels step every parameter."""
+        if self.plan is not None:
+            return self.plan.all_in_kernels
+        groups = optimizer.param_groups
+        return all(use_kernels(optimizer.backend, group, param) for group in groups for param in group["params"])
+
+    def _check_capture(self, optimizer: OptimizerLike) -> None:
+        if not all(group.get("capturable", True) for group in optimizer.param_groups):
+            raise RuntimeError(
+                f"{type(optimizer).__name__}.step() is being captured in a CUDA graph, but capturable is False: make "
+                "the optimizer with capturable=True (or set it in every param group), and make a step before the "
+                "capture"
+            )
+        if not self.all_in_kernels(optimizer):
+            raise RuntimeError("a step can be captured in a CUDA graph where the kernels run for all parameters only")
+
+    def _planned(self, optimizer: OptimizerLike, hyper: Hyper, changed: set[str]) -> tuple[Plan, Live]:
+        """The last plan if it still holds, else a new one, and the tensors of this step."""
+        plan = self.plan
+        # A scheduler changes the learning rate of all groups at every step, and no state depends on it.
+        if plan is not None and not changed <= {"lr"} and used_states(optimizer) != plan.uses:
+            plan = None
+        # Once in a step, since it may take the other ranks. A plan without DTensors notices the first one itself.
+        grads = _local_grads(optimizer) if self.plan is None or self.plan.is_sharded else None
+        live = plan.gather(optimizer, grads) if plan is not None else None
+        if plan is not None and live is not None and not plans.DEBUG:
+            return plan, live
+        grads = _local_grads(optimizer) if grads is None else grads
+        with torch.no_grad():
+            fresh = Plan(optimizer, hyper, self.plan, grads)
+        if plan is not None and live is not None and not plan.describes_the_same(fresh):
+            raise RuntimeError("FUSEDOPT_DEBUG: something moved since the last step and was not noticed")
+        return fresh, fresh.read(optimizer, all_params(optimizer), grads)
+
+
+def _local_grads(optimizer: OptimizerLike) -> list[Tensor | None]:
+    return local_grads(all_params(optimizer), partial(param_name, optimizer))

@@ -1,0 +1,50 @@
+"""How a loaded state keeps its bits: torch's load_state_dict would cast it, and later steps would write into it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..options import SKIPPED_STEPS, is_number
+from ..protocol import OptimizerLike
+from .averaging import EMA_STEP
+from .dtypes import scalar_dtype
+from .precision import ROUNDING_STEP
+
+
+class Shielded:
+    """Carries a tensor through torch's load_state_dict, which would cast it to the parameter's dtype."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def shield(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A load_state_dict pre-hook: shields the tensors, and keeps the optimizer's own keys where a group has none."""
+    state = {
+        key: {k: Shielded(v) if isinstance(v, Tensor) else v for k, v in values.items()}
+        if isinstance(values, dict)
+        else values
+        for key, values in state_dict["state"].items()
+    }
+    groups = list(state_dict["param_groups"])
+    if len(groups) == len(optimizer.param_groups):
+        unsaved = ("params", "param_names", SKIPPED_STEPS)
+        groups = [
+            {**{k: v for k, v in own.items() if k not in unsaved}, **loaded}
+            for own, loaded in zip(optimizer.param_groups, groups, strict=True)
+        ]
+    return {**state_dict, "state": state, "param_groups": groups}
+
+
+def unshield(key: str, value: Any, device: torch.device | None, optimizer: OptimizerLike) -> Any:
+    """What becomes of a loaded state: a copy, beside its parameter; numbers become tensors."""
+    scalar_states = (*optimizer.scalar_states, ROUNDING_STEP, EMA_STEP)
+    if not isinstance(value, Shielded):
+        number = key in scalar_states and is_number(value)
+        return torch.tensor(float(value), dtype=scalar_dtype()) if number else value
+    if key in scalar_states or device is None:
+        return value.tensor.clone()  # the step brings it where its backend reads it
+    return value.tensor.to(device, copy=True)

@@ -1,0 +1,72 @@
+"""What every optimizer can do about 16-bit numbers: what the options of a param group ask for, and the states."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..options import option
+from ..protocol import Group, OptimizerLike
+from .dtypes import real_dtype
+
+ROUNDING_STEP = "rounding_step"  # how often a tensor has been rounded at random: the counter of its random numbers
+MASTER_PARAM, KAHAN_COMP = "master_param", "kahan_comp"
+
+
+def is_stochastic(group: Group) -> bool:
+    """Whether a group is rounded at random."""
+    return bool(option(group, "rounding") == "stochastic")
+
+
+def kept_state(param: Tensor, group: Group) -> str | None:
+    """The state that holds what rounding this parameter loses, if it has one."""
+    if real_dtype(param.dtype).itemsize != 2:
+        return None
+    return MASTER_PARAM if option(group, "master_weights") else KAHAN_COMP if option(group, "kahan") else None
+
+
+def kept_dtype(kept: str, param: torch.dtype) -> torch.dtype:
+    """The dtype of that state beside a parameter of this dtype."""
+    if kept == KAHAN_COMP:
+        return param
+    return torch.complex64 if param.is_complex else torch.float32
+
+
+def new_kept_state(kept: str, param: Tensor) -> Tensor:
+    """With which it begins: a copy of the parameter, or no loss so far."""
+    if kept == MASTER_PARAM:
+        return param.detach().to(kept_dtype(kept, param.dtype), copy=True)
+    return torch.zeros_like(param, memory_format=torch.preserve_format)
+
+
+def state_dtype(param: Tensor, group: Group) -> torch.dtype:
+    """The dtype in which the states of a parameter are created."""
+    dtype = option(group, "state_dtype") or param.dtype
+    return dtype.to_complex() if param.dtype.is_complex and not dtype.is_complex else dtype
+
+
+def check_effect(optimizer: OptimizerLike) -> None:
+    """Raise ValueError for an option that was asked for, but has nothing to act on in any group."""
+    pairs = [(param, group) for group in optimizer.param_groups for param in group["params"]]
+    if not pairs:
+        return
+    has = f"the parameters are {', '.join(sorted({str(param.dtype) for param, _ in pairs}))}"
+    for name, use in (("master_weights", "a copy in fp32"), ("kahan", "a compensation")):
+        asking = [(param, group) for param, group in pairs if option(group, name)]
+        if asking and not any(kept_state(param, group) for param, group in asking):
+            raise ValueError(f"{name}=True: {use} helps 16-bit parameters only, and {has}")
+    asking = [(param, group) for param, group in pairs if is_stochastic(group)]
+    if asking and not any(_rounds(optimizer, param, group) for param, group in asking):
+        keeping = [name for name in ("master_weights", "kahan") if any(option(group, name) for _, group in asking)]
+        because = f"{has}, none has"
+        if keeping:
+            because = f"{keeping[0]} keeps what rounding the parameters would lose, and no state has"
+        raise ValueError(f"rounding='stochastic' has nothing to round: {because} 16 bits")
+
+
+def _rounds(optimizer: OptimizerLike, param: Tensor, group: Group) -> bool:
+    """Whether something of this parameter's is stored in 16 bits, and not kept elsewhere."""
+    rounded = [] if kept_state(param, group) else [param.dtype]
+    if any(optimizer.uses(name, group) for name in optimizer.states):
+        rounded.append(state_dtype(param, group))
+    return any(real_dtype(dtype).itemsize == 2 for dtype in rounded)

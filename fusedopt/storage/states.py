@@ -1,0 +1,32 @@
+"""The states of one parameter: those of its class, and those that the options add."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..options import option
+from ..protocol import Group, OptimizerLike
+from .averaging import EMA, EMA_STEP, new_ema
+from .precision import ROUNDING_STEP, is_stochastic, kept_state, new_kept_state, state_dtype
+
+
+def create_states(optimizer: OptimizerLike, param: Tensor, state: dict[str, Any], group: Group) -> None:
+    """Create the states that a parameter lacks, in the dtypes that its group asks for."""
+    missing = [name for name in optimizer.states if state.get(name) is None]
+    optimizer.init_state(param, state, group)
+    if option(group, "state_dtype") is not None:  # which a subclass may not have asked for
+        dtype = state_dtype(param, group)
+        state.update({name: state[name].to(dtype) for name in missing if state.get(name) is not None})
+    kept = kept_state(param, group)
+    if kept is not None and state.get(kept) is None:
+        state[kept] = new_kept_state(kept, param)
+    if is_stochastic(group):
+        state.setdefault(ROUNDING_STEP, torch.tensor(0.0, dtype=torch.float64))  # counts beyond 2^24
+    if option(group, "ema_decay") is not None:
+        if state.get(EMA) is None:
+            state[EMA] = new_ema(param)
+            state[EMA_STEP] = 0.0
+        state.setdefault(EMA_STEP, 1.0)  # an average that is there has begun
