@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from .common import circumstances, default_device
-from .compare import Row
-from .comparisons import LEFT_OUT_ON_CPU, Comparison
-from .machine import Machine, this_machine
-from .peers import FLASHOPTIM, OPTIMI, version
+from .steps.compare import Row
+from .steps.comparisons import LEFT_OUT_ON_CPU, Comparison
+from .steps.machine import Machine, this_machine
+from .steps.peers import FLASHOPTIM, OPTIMI, version
 
 
 class Session:

@@ -190,7 +190,7 @@ def update_tile(
     tl.static_assert(len(states) == len(STATES), "the rule returns another number of states than the class has")
 
     if STOCHASTIC and PARAM.primitive_bitwidth == 16 and KEPT is None:
-        bits = to_bits_stochastic(param, random_bits(draw, 0, first + start, draw_lanes), PARAM)
+        bits = to_bits_stochastic(param, random_bits(draw, 0, start, draw_lanes), PARAM)
         store_bits(param_ptr + offsets, bits, mask)
         param = from_bits(bits, PARAM)
     else:
@@ -202,7 +202,7 @@ def update_tile(
     for i in tl.static_range(len(STATES)):
         if STATES[i] is not None:
             if STOCHASTIC and STATES[i].primitive_bitwidth == 16:
-                bits = to_bits_stochastic(states[i], random_bits(draw, 1 + i, first + start, draw_lanes), STATES[i])
+                bits = to_bits_stochastic(states[i], random_bits(draw, 1 + i, start, draw_lanes), STATES[i])
                 store_bits(state_ptrs[i] + offsets, bits, mask)
             else:
                 store(state_ptrs[i] + offsets, states[i], mask)
@@ -269,15 +269,15 @@ def update(
     scalars = ()
     for i in tl.static_range(N_SCALARS):
         scalars += (tl.load(scalars_ptr + i).to(COMPUTE),)
+    first = chunk.to(tl.int64) * CHUNK_SIZE
     draw = ()
     shift = 0
     if STOCHASTIC:
         step = tl.load(scalars_ptr + N_SCALARS).to(tl.int32)
-        place = tl.load(row_ptr + 3)
+        place = tl.load(row_ptr + 3) + first
         shift = (place % 8).to(tl.int32)
-        draw = (tl.load(row_ptr + 2), tl.load(row_ptr + 1).to(tl.int32), step, place - shift)
+        draw = (tl.load(row_ptr + 2), tl.load(row_ptr + 1).to(tl.int32), step, (place >> 3).to(tl.int32))
 
-    first = chunk.to(tl.int64) * CHUNK_SIZE
     length = tl.minimum(tl.load(row_ptr) - first, CHUNK_SIZE).to(tl.int32)
     # [0, all_aligned) has 16-byte accesses everywhere, [all_aligned, aligned) everywhere but in the gradient,
     # the rest goes element by element. `// 8 * 8` tells the compiler what `& -8` would not.

@@ -61,12 +61,12 @@ def with_compensation(param, kahan_comp, DTYPE: tl.constexpr):
 
 @triton.jit
 def random_bits(draw, stream, first, lanes):
-    """16 random bits for element `before + first + lanes` of a tensor, where `before` and `first` are multiples of 8.
+    """16 random bits for element `8 * group + first + lanes` of a tensor, where `first` is a multiple of 8.
 
     Eight elements share one call of Philox, and four or eight of them belong to one thread, which computes it once.
     """
-    seed, tensor, step, before = draw
-    group = ((before + first) >> 3).to(tl.int32) + (lanes >> 3)
+    seed, tensor, step, group = draw
+    group += (first >> 3) + (lanes >> 3)
     a, b, c, d = tl.philox(seed, group, tensor, step, stream)
     word = tl.where(lanes & 4 == 0, tl.where(lanes & 2 == 0, a, b), tl.where(lanes & 2 == 0, c, d))
     return tl.where(lanes & 1 == 0, word & 0xFFFF, word >> 16)

@@ -15,7 +15,7 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
     if find_spec("triton"):
-        import interpreter
+        from tests import interpreter
 
         interpreter.hurry()
 

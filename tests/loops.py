@@ -1,12 +1,12 @@
 """What the tests of training libraries train: a tiny network, with fusedopt.AdamW where torch.optim.AdamW was."""
 
 import torch
-from conftest import DEVICE
 from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, TensorDataset
-from twins import assert_same, bits, params_of
 
 import fusedopt
+from tests.conftest import DEVICE
+from tests.twins import assert_same, bits, params_of
 
 # States of other dtypes, options and a counter that live in the param groups, random numbers that a resumed run draws.
 OPTIONS = {"state_dtype": torch.bfloat16, "rounding": "stochastic", "seed": 3, "skip_nonfinite": True, "ema_decay": 0.9}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from oracle import Array
-from tolerance import overflow, ulp
+
+from tests.oracle import Array
+from tests.tolerance import overflow, ulp
 
 
 def philox(counter: tuple[Array, int, int, int], key: int) -> list[Array]:

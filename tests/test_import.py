@@ -7,7 +7,8 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from twins import OPTIMIZERS
+
+from tests.twins import OPTIMIZERS
 
 ROOT = Path(__file__).resolve().parents[1]
 

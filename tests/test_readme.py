@@ -1,21 +1,17 @@
 """The README's code runs, and its tables say what the classes declare."""
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from cases import AVERAGED, CASES, MODES, Case, Mode
-from compiled_kernels import compiled_for
 
 import fusedopt
+from bench.static.kernels import update_in, updates_of
+from tests.cases import AVERAGED, CASES, MODES, Case, Mode
+from tests.kernels.compiled_kernels import compiled_for
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from bench.kernels import update_in, updates_of
-
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 MODE_ROWS = re.findall(r"^\| (fp32|bf16) \| (.*?) ?\| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", README, re.MULTILINE)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from cases import CASES
-from conftest import DEVICE
 from torch import Tensor
 from torch.nn import Parameter
 
 import fusedopt
+from tests.cases import CASES
+from tests.conftest import DEVICE
 
 BACKENDS = ["eager", "triton"]
 SHAPES = [(3, 4), (5,), ()]

@@ -1,0 +1,129 @@
+"""The table and the figure of `python -m bench.host_time`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import StrMethodFormatter
+from tabulate import tabulate
+
+from ..common import circumstances_in_words
+
+# Colours of Okabe and Ito's palette, which colour-blind readers can tell apart.
+COLORS = {"fusedopt": "#E69F00", "torch fused": "#0072B2", "torch foreach": "#009E73"}
+
+EMPTIED = """Every kernel is emptied, torch's too (`fusedopt.engines.tables.launch`, and torch.optim's `torch._fused_*`
+and `torch._foreach_*`, do nothing), so these are the times of the bookkeeping: CPU time of the thread, in which nothing
+waits. On a GPU come on top: Triton's launcher and copies from pinned memory for fusedopt, the packing of addresses into
+launches for torch."""
+REAL = "The steps are real; the device is idle before each, and the time ends when `step()` returns."
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """All tables of a result, and how to read them."""
+    return f"""# Host time of `{result["optimizer"]}.step()`
+
+{circumstances_in_words(result)}.
+
+{EMPTIED if result["kernels"] == "emptied" else REAL}
+
+Microseconds: median (lowest–90th percentile), by turns. "kernels": {_kernels_are(result)}.
+
+{_times(result)}
+
+Between two steps {"; or ".join(result["changes"].values())}.
+
+{_aims(result)}
+
+Where fusedopt's time goes: the Python functions in which a step spends most by itself, with the built-in functions that
+they call. cProfile makes every call of a Python function dearer, so only the shares count.
+
+{_profiles(result)}
+"""
+
+
+def _kernels_are(result: dict[str, Any]) -> str:
+    return "calls of what is emptied" if result["kernels"] == "emptied" else "launches in a step"
+
+
+def _times(result: dict[str, Any]) -> str:
+    by_case: dict[tuple[int, int, str], dict[str, dict[str, Any]]] = {}
+    for row in result["rows"]:
+        by_case.setdefault((row["tensors"], row["groups"], row["change"]), {})[row["contender"]] = row
+    headers = ["tensors", "groups", "changes", *COLORS, "of torch fused's", "kernels"]
+    cells = [
+        [
+            *case,
+            *(_spread(rows[name]) for name in COLORS),
+            f"{rows['fusedopt']['median'] / rows['torch fused']['median']:.0%}",
+            ", ".join(str(rows[name]["kernels"]) for name in COLORS),
+        ]
+        for case, rows in by_case.items()
+    ]
+    alignment = ("right", "right", "left", *["right"] * 5)
+    return tabulate(cells, headers, "github", disable_numparse=True, colalign=alignment)
+
+
+def _spread(row: dict[str, Any]) -> str:
+    lowest, median, p90 = (1e6 * row[key] for key in ("lowest", "median", "p90"))
+    return f"{median:,.0f} ({lowest:,.0f}–{p90:,.0f})"
+
+
+def _aims(result: dict[str, Any]) -> str:
+    headers = ["tensors", "groups", "changes", "aim: of torch fused's", "measured", "missed by"]
+    cells = []
+    for aim in result["aims"]:
+        missed = f"{aim['measured'] / aim['aim'] - 1:.0%}" if aim["measured"] > aim["aim"] else ""
+        row = [aim["tensors"], aim["groups"], aim["change"], f"{aim['aim']:.0%}", f"{aim['measured']:.0%}", missed]
+        cells.append(row)
+    alignment = ("right", "right", "left", *["right"] * 3)
+    return tabulate(cells, headers, "github", disable_numparse=True, colalign=alignment)
+
+
+def _profiles(result: dict[str, Any]) -> str:
+    parts = []
+    for shape, changes in result["profiles"].items():
+        for change, functions in changes.items():
+            headers = [f"{shape}, changes: {change}", "calls", "µs", "share"]
+            cells = [
+                [
+                    f"`{each['function']}`",
+                    f"{each['calls']:.0f}",
+                    f"{1e6 * each['seconds']:.1f}",
+                    f"{each['share']:.0%}",
+                ]
+                for each in functions
+            ]
+            alignment = ("left", "right", "right", "right")
+            parts.append(tabulate(cells, headers, "github", disable_numparse=True, colalign=alignment))
+    return "\n\n".join(parts)
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Host time against the number of tensors in one group."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    panel = figure.subplots()
+    styles = dict(zip(result["changes"], ("-", "--", ":"), strict=True))
+    for name, color in COLORS.items():
+        for change, style in styles.items():
+            rows = [row for row in result["rows"] if row["groups"] == 1]
+            rows = [row for row in rows if (row["contender"], row["change"]) == (name, change)]
+            x, y = [row["tensors"] for row in rows], [1e6 * row["median"] for row in rows]
+            panel.loglog(x, y, color=color, linestyle=style, marker="o", markersize=4, linewidth=2)
+    handles = [Line2D([], [], color=color, linewidth=3, label=name) for name, color in COLORS.items()]
+    handles += [
+        Line2D([], [], color="0.4", linestyle=style, linewidth=2, label=f"changes: {change}")
+        for change, style in styles.items()
+    ]
+    panel.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    panel.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    panel.set_xlabel("tensors, in one group", fontsize=12)
+    kernels = "kernels emptied" if result["kernels"] == "emptied" else result["device"]
+    panel.set_title(f"host time of {result['optimizer']}.step() (µs), {kernels}", fontsize=12, loc="left")
+    panel.grid(color="0.9")
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.legend(handles=handles, frameon=False, fontsize=11)
+    figure.savefig(path, format="png", dpi=150)

@@ -1,0 +1,1 @@
+"""Tables and figures of a result: `python -m bench.report FILE`."""

@@ -1,0 +1,1 @@
+"""What the machine code of every kernel is like, read without a GPU: `python -m bench.static`."""

@@ -1,0 +1,1 @@
+"""Steps beside other packages' steps, and all that surrounds them: `pytest bench`."""

@@ -1,0 +1,1 @@
+"""Other launches, tried on a GPU: `python -m bench.tune`."""

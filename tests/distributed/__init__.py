@@ -1,0 +1,1 @@
+"""Several ranks, and the DTensors of one."""

@@ -1,0 +1,38 @@
+"""bench/train_fsdp.py as a user runs it, on two ranks."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import on_one_worker
+
+for package in ("matplotlib", "sklearn", "tabulate", "tqdm"):
+    pytest.importorskip(package, reason=f"the example needs {package}: pip install -e .[demo]")
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@on_one_worker
+def test_both_libraries_learn_the_same(tmp_path):
+    out = tmp_path / "curves.png"
+    env = {key: value for key, value in os.environ.items() if key not in ("FUSEDOPT_DEBUG", "TRITON_INTERPRET")}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    result = subprocess.run(
+        [*command, "bench/train_fsdp.py", "--steps", "4", "--out", out],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert result.returncode == 0, result.stderr
+    rows = [line.split() for line in result.stdout.splitlines()]
+    losses = {row[0]: [float(loss) for loss in row[1:]] for row in rows if row and row[0] in ("1", "4", "test")}
+    for ours, theirs in losses.values():
+        assert ours == pytest.approx(theirs, abs=2e-4)
+    assert losses["4"][0] < losses["1"][0]
+    assert "4/4" in result.stderr  # the progress bar
+    assert out.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")

@@ -1,0 +1,1 @@
+"""What the kernels' engine asks of the device: launches, graphs, compilations, streams."""

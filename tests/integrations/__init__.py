@@ -1,0 +1,1 @@
+"""Loops of other packages, tested with the real ones."""

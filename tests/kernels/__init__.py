@@ -1,0 +1,1 @@
+"""Device code: numbers, bytes moved, machine code, rounding."""

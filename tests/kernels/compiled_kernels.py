@@ -1,0 +1,44 @@
+"""Compiles kernels for the targets and prints what came out as JSON. Needs a process without TRITON_INTERPRET."""
+
+import json
+from dataclasses import asdict
+
+from bench.static.cli import reports_of
+from bench.static.kernels import DTYPES, SIGNATURES, SumSquares, prepares_of, updates_of
+from bench.static.machine_code import specialization
+from bench.static.targets import TARGETS
+from tests.cases import AVERAGED, CASES, MODES
+
+TESTED = ["sm_80", "sm_90", "gfx942"]
+EVERY_MODE = [*MODES, *AVERAGED]
+NUMBERS = [1, 2, 15, 16, 17, 2**31 - 1, 2**31, 2**40]
+UPDATES = updates_of(CASES, EVERY_MODE)
+PREPARES = prepares_of(UPDATES)
+SQUARES = list(map(SumSquares, DTYPES))
+
+
+def compiled_for(kernel):
+    """The targets: every one for the ordinary signatures; for the modes some, more for SGD and Adam than for others."""
+    if kernel.dtypes in SIGNATURES:
+        return TESTED
+    few = kernel.dtypes in ("bfloat16-master_weights", "bfloat16-kahan", "bfloat16-rounding=stochastic")
+    averaged = kernel.dtypes in ("float32-ema_decay=0.999", "bfloat16-ema_decay=0.999-master_weights")
+    if kernel.optimizer.kernel in ("sgd", "adam"):
+        return TESTED if few or averaged else ["sm_90"]
+    return ["sm_90"] if few or averaged else []
+
+
+def main():
+    pairs = [(kernel, target) for kernel in UPDATES for target in compiled_for(kernel)]
+    pairs += [(kernel, target) for target in TESTED for kernel in (*PREPARES, *SQUARES)]
+    results = {f"{report.kernel} {report.target}": asdict(report) for report in reports_of(pairs, jobs=2)}
+    results["specializations"] = {
+        f"{kernel.id} {target}": [str(specialization(kernel, TARGETS[target], number)) for number in NUMBERS]
+        for target in TESTED
+        for kernel in (UPDATES[0], PREPARES[0], SQUARES[0])
+    }
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

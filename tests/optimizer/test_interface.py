@@ -1,0 +1,392 @@
+"""The classes are used as torch.optim's: signatures, arguments, hooks, closures, groups."""
+
+import importlib
+import inspect
+import re
+import sys
+import warnings
+from unittest.mock import MagicMock, patch
+
+import pytest
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+import fusedopt
+from fusedopt.options import CommonOptions
+from tests.conftest import DEVICE
+from tests.twins import (
+    BACKENDS,
+    OPTIMIZERS,
+    assert_same,
+    make,
+    make_params,
+    make_torch,
+    params_of,
+    set_grads,
+    snapshot,
+    train,
+)
+
+every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
+both_backends = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def torch_test_inputs():
+    """torch's own lists of good and bad arguments, without its test suite: that would set hypothesis' profile."""
+    testing = "torch.testing._internal"
+    needed = ("common_device_type", "common_methods_invocations", "common_utils", "common_optimizers")
+    stub = MagicMock(_TestParametrizer=object)
+    with patch.dict(sys.modules, {f"{testing}.{name}": stub for name in needed[:-1]}):
+        return importlib.import_module(f"{testing}.common_optimizers")
+
+
+TORCH = torch_test_inputs()
+INPUTS = [
+    pytest.param(name, given.kwargs, id=f"{name}-{given.desc}")
+    for name in OPTIMIZERS
+    # On "cuda" the list is longer, but nothing of it lies there.
+    for given in getattr(TORCH, f"optim_inputs_func_{name.lower()}")(device="cuda")
+]
+BAD_INPUTS = [
+    pytest.param(name, bad, id=f"{name}-{bad.optimizer_error_input.desc}")
+    for name in OPTIMIZERS
+    for bad in getattr(TORCH, f"optim_error_inputs_func_{name.lower()}")("cpu", torch.float32)
+]
+
+
+@every_optimizer
+def test_signature(name):
+    theirs = list(inspect.signature(getattr(torch.optim, name)).parameters.values())
+    mine = list(inspect.signature(getattr(fusedopt, name)).parameters.values())
+    assert [(p.name, p.default, p.kind) for p in mine[: len(theirs)]] == [(p.name, p.default, p.kind) for p in theirs]
+    extras = mine[len(theirs) :]
+    assert all(p.kind is p.KEYWORD_ONLY for p in extras[:-1])
+    assert extras[-1].kind is extras[-1].VAR_KEYWORD
+    assert set(CommonOptions.__annotations__) == set(inspect.signature(fusedopt.FusedOptimizer).parameters) - {
+        "params",
+        "defaults",
+    }
+    assert all(p.default is False for p in extras[:-1])
+
+
+@pytest.mark.parametrize(("name", "options"), INPUTS)
+@both_backends
+def test_what_torch_is_tested_with(name, options, backend):
+    mine = make(name, make_params(), backend=backend, **options)
+    theirs = make_torch(name, make_params(), **options)
+    assert {key: mine.defaults[key] for key in theirs.defaults if key != "foreach"} == {
+        key: value for key, value in theirs.defaults.items() if key != "foreach"
+    }
+    if options.get("capturable") and DEVICE == "cpu":
+        for group in theirs.param_groups:
+            group["capturable"] = False  # torch refuses to step so on the CPU
+    train(mine, range(2))
+    train(theirs, range(2))
+    torch.testing.assert_close(params_of(mine), params_of(theirs), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize(("name", "bad"), BAD_INPUTS)
+def test_what_torch_refuses(name, bad):
+    assert bad.error_on is TORCH.OptimizerErrorEnum.CONSTRUCTION_ERROR, "add a test of errors in the step"
+    given = bad.optimizer_error_input
+    params = make_params(torch.float32) if given.params is None else given.params
+    for optimizer in (getattr(torch.optim, name), getattr(fusedopt, name)):
+        with pytest.raises(bad.error_type, match=bad.error_regex) as caught:
+            optimizer(params, **given.kwargs)
+        assert type(caught.value) is bad.error_type
+    if bad.error_type is UserWarning:  # a warning like torch's, and then an optimizer
+        with pytest.warns(UserWarning, match=bad.error_regex):
+            getattr(fusedopt, name)(params, **given.kwargs)
+
+
+NEGATIVE = [
+    (name, {argument: -1.0})
+    for name, arguments in {
+        "SGD": ["lr", "momentum", "weight_decay"],
+        "Adagrad": ["lr", "lr_decay", "weight_decay", "initial_accumulator_value", "eps"],
+        "RMSprop": ["lr", "alpha", "eps", "weight_decay", "momentum"],
+        "Adadelta": ["lr", "rho", "eps", "weight_decay"],
+        "Adam": ["lr", "eps", "weight_decay"],
+        "AdamW": ["lr", "eps", "weight_decay"],
+    }.items()
+    for argument in arguments
+]
+OTHERS = [
+    ("SGD", {"nesterov": True}),
+    ("SGD", {"nesterov": True, "momentum": 0.9, "dampening": 0.1}),
+    ("Adam", {"betas": (0.9, -0.1)}),
+    ("Adam", {"betas": (0.9, 1.0)}),
+    ("Adam", {"betas": 0.9}),
+    ("Adam", {"betas": (torch.tensor([0.9]), torch.tensor([0.9, 0.9]))}),
+    ("AdamW", {"lr": float("nan")}),
+    ("Adagrad", {"lr": "fast"}),
+    *[(name, {"fused": True, "foreach": True}) for name in ("SGD", "Adagrad", "Adam", "AdamW")],
+    *[(name, {"fused": True, "differentiable": True}) for name in ("SGD", "Adagrad", "Adam", "AdamW")],
+    *[(name, {"unheard_of": 1}) for name in OPTIMIZERS],
+]
+
+
+@pytest.mark.parametrize(("name", "options"), NEGATIVE + OTHERS, ids=str)
+def test_more_that_torch_refuses(name, options):
+    with pytest.raises(Exception) as theirs:  # noqa: PT011 – whatever torch says
+        getattr(torch.optim, name)(make_params(), **options)
+    with pytest.raises(type(theirs.value)) as mine:
+        getattr(fusedopt, name)(make_params(), **options)
+    assert type(mine.value) is type(theirs.value)
+    if not isinstance(theirs.value, (TypeError, IndexError)):
+        assert str(mine.value) == str(theirs.value)
+
+
+@pytest.mark.parametrize("where", ["argument", "group"])
+@every_optimizer
+def test_differentiable_is_refused(name, where):
+    params, options = make_params(), {"differentiable": True}
+    given = (params, options) if where == "argument" else ([{"params": params, **options}], {})
+    with pytest.raises(RuntimeError, match="differentiable"):
+        make(name, given[0], **given[1])
+
+
+@pytest.mark.parametrize("options", [{"foreach": f} for f in (True, False, None)], ids=str)
+@both_backends
+@every_optimizer
+def test_foreach_changes_nothing(name, backend, options):
+    mine, plain = make(name, make_params(), backend=backend, **options), make(name, make_params(), backend=backend)
+    train(mine, range(2))
+    train(plain, range(2))
+    assert snapshot(mine)["params"] == snapshot(plain)["params"]
+    assert mine.param_groups[0]["foreach"] is options["foreach"]
+
+
+@pytest.mark.parametrize("fused", [True, False, None])
+@pytest.mark.parametrize("name", ["SGD", "Adagrad", "Adam", "AdamW"])
+def test_fused_chooses_the_reference_or_leaves_the_choice(name, fused):
+    mine, theirs = make(name, make_params(), fused=fused), make_torch(name, make_params())
+    assert ("backend: eager" in repr(mine)) is (fused is False or DEVICE == "cpu")
+    train(mine, range(2))
+    train(theirs, range(2))
+    assert_same(mine, theirs)
+    if fused is False:
+        with pytest.raises(ValueError, match="fused=False"):
+            make(name, make_params(), fused=False, backend="triton")
+
+
+@both_backends
+@every_optimizer
+def test_maximize_is_the_negative_gradient(name, backend):
+    up, down = (make(name, make_params(), backend=backend, maximize=maximize) for maximize in (True, False))
+    for step in range(2):
+        set_grads(params_of(up), step)
+        for param, other in zip(params_of(up), params_of(down), strict=True):
+            other.grad = -param.grad
+        up.step()
+        down.step()
+    assert snapshot(up)["params"] == snapshot(down)["params"]
+
+
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+def test_repr_says_what_runs(backend):
+    runs = backend if backend != "auto" else "eager" if DEVICE == "cpu" else "triton"
+    text = repr(fusedopt.Adam(make_params(), backend=backend))
+    assert text.splitlines()[:2] == ["Adam (", f"backend: {runs} ({backend!r} asked for)"]
+    assert "Parameter Group 0\n    amsgrad: False\n" in text
+    if backend != "triton":
+        assert f"backend: {'eager' if backend == 'eager' else runs}" in repr(fusedopt.Adam(make_params(), fused=None))
+
+
+def test_repr_of_parameters_apart():
+    first, *rest = make_params()
+    mixed = fusedopt.SGD([{"params": rest}, {"params": first, "fused": False}], backend="triton")
+    assert "backend: triton for 2 of 3 (" in repr(mixed)
+    assert "backend: eager" in repr(fusedopt.SGD([{"params": []}], backend="eager"))
+
+
+@both_backends
+@every_optimizer
+def test_closure(name, backend):
+    mine = make(name, make_params(), backend=backend)
+    loss = torch.tensor(3.0)
+
+    def closure():
+        assert torch.is_grad_enabled()
+        mine.zero_grad()
+        sum(param.square().sum() for param in params_of(mine)).backward()
+        return loss
+
+    before = snapshot(mine)["params"]
+    with torch.no_grad():
+        assert mine.step(closure) is loss
+        assert mine.step(closure=closure) is loss
+    assert mine.step() is None
+    assert snapshot(mine)["params"] != before
+    assert torch.is_grad_enabled()
+
+
+@both_backends
+def test_step_hooks(backend):
+    mine = fusedopt.Adam(make_params(), backend=backend)
+    set_grads(params_of(mine), 0)
+    calls = []
+
+    def hook(called):
+        return lambda optimizer, args, kwargs: calls.append((called, optimizer is mine, len(optimizer.state)))
+
+    handles = [
+        register_optimizer_step_pre_hook(hook("global pre")),
+        register_optimizer_step_post_hook(hook("global post")),
+        mine.register_step_pre_hook(hook("pre")),
+        mine.register_step_post_hook(hook("post")),
+    ]
+    mine.step()
+    assert calls == [("global pre", True, 0), ("pre", True, 0), ("post", True, 3), ("global post", True, 3)]
+    for handle in handles:
+        handle.remove()
+    mine.step()
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize("when", ["pre", "post"])
+@pytest.mark.parametrize("of_all", [False, True])
+def test_a_step_hook_alone(when, of_all):
+    """A step that nobody watches does without torch's wrapper."""
+    mine = fusedopt.SGD(make_params())
+    everywhere = {"pre": register_optimizer_step_pre_hook, "post": register_optimizer_step_post_hook}
+    register = everywhere[when] if of_all else getattr(mine, f"register_step_{when}_hook")
+    train(mine, range(1))
+    calls = []
+    handle = register(lambda *args: calls.append(args))
+    train(mine, range(1))
+    handle.remove()
+    train(mine, range(1))
+    assert calls == [(mine, (mine,), {})]
+
+
+@both_backends
+def test_a_pre_hook_may_change_gradients_and_arguments(backend):
+    mine, theirs = fusedopt.SGD(make_params(), backend=backend), make_torch("SGD", make_params(), momentum=0)
+
+    def hook(optimizer, args, kwargs):
+        for param in params_of(optimizer):
+            param.grad = param.grad * 2
+        return (optimizer, lambda: 5), kwargs
+
+    for optimizer in (mine, theirs):
+        optimizer.register_step_pre_hook(hook)
+        set_grads(params_of(optimizer), 0)
+        assert optimizer.step() == 5
+    assert_same(mine, theirs)
+
+
+@both_backends
+@every_optimizer
+def test_state_dict_hooks(name, backend):
+    mine, calls = make(name, make_params(), backend=backend), []
+    train(mine, range(1))
+
+    def renamed(optimizer, saved):
+        calls.append("load pre")
+        return {"state": saved["states"], "param_groups": saved["param_groups"]}
+
+    mine.register_state_dict_pre_hook(lambda optimizer: calls.append("save pre"))
+    mine.register_state_dict_post_hook(
+        lambda optimizer, saved: {"states": saved["state"], "param_groups": saved["param_groups"]}
+    )
+    mine.register_load_state_dict_pre_hook(renamed)
+    mine.register_load_state_dict_post_hook(lambda optimizer: calls.append("load post"))
+    saved = mine.state_dict()
+    assert set(saved) == {"states", "param_groups"}
+    mine.load_state_dict(saved)
+    mine.load_state_dict(mine.state_dict())  # no hook has been left behind
+    assert calls == ["save pre", "load pre", "load post"] * 2
+    train(mine, range(1, 2))
+
+
+@both_backends
+@every_optimizer
+def test_named_parameters(name, backend):
+    named = list(zip(["weight", "bias", "scale"], make_params(), strict=True))
+    mine, theirs = make(name, named, backend=backend), make_torch(name, make_params())
+    train(mine, range(2))
+    train(theirs, range(2))
+    torch.testing.assert_close(params_of(mine), params_of(theirs))
+    assert mine.state_dict()["param_groups"][0]["param_names"] == ["weight", "bias", "scale"]
+    other = make(name, make_params(), backend=backend)
+    other.load_state_dict(mine.state_dict())
+    assert other.param_groups[0]["param_names"] == ["weight", "bias", "scale"]
+
+
+@both_backends
+@every_optimizer
+def test_groups_with_options_and_a_late_one(name, backend):
+    pair = []
+    for factory, extra in ((make, {"backend": backend}), (make_torch, {})):
+        first, second, third = make_params()
+        optimizer = factory(name, [{"params": first}, {"params": [second], "lr": 0.5, "weight_decay": 0.1}], **extra)
+        train(optimizer, range(2))
+        optimizer.add_param_group({"params": third, "lr": 0.25})
+        train(optimizer, range(2, 4))
+        pair.append(optimizer)
+    assert_same(*pair)
+
+
+@both_backends
+@every_optimizer
+def test_zero_grad(name, backend):
+    mine, theirs = make(name, make_params(), backend=backend), make_torch(name, make_params())
+    for optimizer in (mine, theirs):
+        train(optimizer, range(1))
+        optimizer.zero_grad()
+        assert all(param.grad is None for param in params_of(optimizer))
+        optimizer.step()  # nobody has a gradient
+        set_grads(params_of(optimizer), 1)
+        optimizer.zero_grad(set_to_none=False)
+        assert all(param.grad is not None and not param.grad.any() for param in params_of(optimizer))
+        optimizer.step()
+    assert_same(mine, theirs)
+
+
+@both_backends
+@every_optimizer
+def test_duplicate_parameters_step_twice(name, backend):
+    pair = []
+    once = {"momentum": 0} if name == "SGD" else {}  # torch.optim.SGD overwrites the first of the two new buffers
+    for factory, extra in ((make, {"backend": backend}), (make_torch, {})):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            params = make_params()
+            pair.append(factory(name, [*params, params[0]], **extra, **once))
+        train(pair[-1], range(2))
+    assert_same(*pair)
+
+
+@every_optimizer
+def test_the_profiler_names_the_step(name):
+    mine = make(name, make_params())
+    set_grads(params_of(mine), 0)
+    with torch.profiler.profile() as profile:
+        mine.step()
+        mine.zero_grad()
+    names = {event.name for event in profile.events()}
+    assert {f"Optimizer.step#{name}.step", f"Optimizer.zero_grad#{name}.zero_grad"} <= names
+
+
+@both_backends
+@every_optimizer
+def test_version_counters_grow(name, backend):
+    """So that a backward pass through overwritten weights is noticed."""
+    mine = make(name, make_params(), backend=backend)
+    first = params_of(mine)[0]
+    loss = (first * first).sum()
+    train(mine, range(1))
+    with pytest.raises(RuntimeError, match=re.escape("modified by an inplace operation")):
+        loss.backward()
+
+
+def test_another_backend_between_two_steps():
+    optimizer = fusedopt.Adam(make_params(), backend="triton")
+    train(optimizer, range(1))
+    optimizer.backend = "eager"
+    train(optimizer, range(1, 3))
+    expected = torch.optim.Adam(make_params(), foreach=False)
+    train(expected, range(3))
+    assert not any(entry.kernels for entry in optimizer._stepper.plan.entries)
+    assert_same(optimizer, expected)

@@ -1,0 +1,1 @@
+"""How numbers are kept: low precision, what rounding loses, averages."""
