@@ -26,9 +26,9 @@ SQUARES_CHUNK_SIZE = 16 * SQUARES_BLOCK_SIZE  # one look-up serves many elements
 SQUARES_PROGRAMS = {False: 1024, True: 4}
 
 
-def launch(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
-    """Every kernel of fusedopt starts here."""
-    kernel[(programs,)](*args, **options)
+def launch(kernel: Any, programs: int, *args: Any, enable_fp_fusion: bool, **options: Any) -> None:
+    """Every kernel of fusedopt starts here, told whether products and sums are fused: Triton's default changes."""
+    kernel[(programs,)](*args, enable_fp_fusion=enable_fp_fusion, **options)
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,8 @@ def test_a_run_from_end_to_end(plugin, tmp_path):
     if not plugin:
         pytest.importorskip("pytest_benchmark")
     path = tmp_path / "result.json"
-    chosen = [f"bench/steps/test_scale.py::test_scale[AdamW-lr=0.01-2^10 elements-float32-{who}]" for who in (OURS, FOREACH)]
+    scale = "bench/steps/test_scale.py::test_scale[AdamW-lr=0.01-2^10 elements-float32"
+    chosen = [f"{scale}-{who}]" for who in (OURS, FOREACH)]
     # The worker of pytest-xdist that runs this test is none for those below.
     unset = ("FUSEDOPT_DEBUG", "TRITON_INTERPRET", "PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT")
     env = {key: value for key, value in os.environ.items() if key not in unset}

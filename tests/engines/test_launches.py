@@ -1,5 +1,8 @@
 """Few launches and no waiting: what a step asks of the device, whatever it steps. Most launches here are empty."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -9,6 +12,7 @@ import fusedopt.engines.tables
 from tests.cases import AVERAGED, CASES, MODES, Case
 from tests.conftest import DEVICE
 
+ROOT = Path(__file__).parents[2]
 SIZES = (1, 7, 0, 1000, 33, 64)
 
 
@@ -288,3 +292,19 @@ def test_waiting_would_be_noticed():
         float(torch.ones(1))
         bool(torch.ones(()) == 1)
     assert operations.names & WAITING
+
+
+JITTED = re.compile(r"@triton\.jit.*?\ndef (\w+)", re.DOTALL)
+
+
+def test_every_kernel_is_launched_by_launch():
+    """Which says whether products and sums are fused, also in tests and benchmarks: Triton 3.10 will not by itself."""
+    files = [path for top in ("fusedopt", "kernels", "bench", "tests") for path in (ROOT / top).rglob("*.py")]
+    texts = {path: path.read_text() for path in files}
+    names = {name for text in texts.values() for name in JITTED.findall(text)} | {"kernel"}
+    assert {"update", "prepare", "sum_squares", "convert"} <= names
+    launch = re.compile(rf"\b({'|'.join(names)})\[[^\]]*\]\(")
+    found = {str(path.relative_to(ROOT)): launch.findall(text) for path, text in texts.items() if launch.search(text)}
+    assert found == {"fusedopt/engines/tables.py": ["kernel"]}
+    with pytest.raises(TypeError, match="enable_fp_fusion"):
+        fusedopt.engines.tables.launch(None, 1)

@@ -34,6 +34,7 @@ def test_one_compilation_for_each_signature(optimizer, options, dtypes, versions
     command = [sys.executable, "-m", "tests.engines.compiled_steps", json.dumps([optimizer, options, dtypes])]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
+    assert "FP_FUSION" not in run.stderr  # Triton 3.9 warns of launches that leave it to the default
     result = json.loads(run.stdout)
     assert result["steps"] >= 50
     assert result["launches"].keys() == versions.keys()

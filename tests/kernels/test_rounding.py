@@ -15,12 +15,15 @@ from tests.rules.test_reference import name_of, seeded
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
+from fusedopt.engines.signature import launch_options  # noqa: E402
+from fusedopt.engines.tables import launch  # noqa: E402
 from fusedopt.kernels import rounding as kernels  # noqa: E402
 from fusedopt.storage import rounding  # noqa: E402
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 both_dtypes = pytest.mark.parametrize("dtype", [BF16, FP16], ids=name_of)
 BLOCK_SIZE = 1 << 14
+OPTIONS = launch_options(warp_size=32)
 
 
 @triton.jit
@@ -32,7 +35,7 @@ def convert(source_ptr, target_ptr, n, BLOCK_SIZE: tl.constexpr):
 
 def converted(source: Tensor, dtype: torch.dtype) -> Tensor:
     target = torch.empty(source.shape, dtype=dtype, device=source.device)
-    convert[(triton.cdiv(len(source), BLOCK_SIZE),)](source, target, len(source), BLOCK_SIZE=BLOCK_SIZE)
+    launch(convert, triton.cdiv(len(source), BLOCK_SIZE), source, target, len(source), BLOCK_SIZE=BLOCK_SIZE, **OPTIONS)
     return target
 
 
@@ -92,8 +95,9 @@ def convert_stochastic(source_ptr, random_ptr, target_ptr, n, BLOCK_SIZE: tl.con
 
 def by_kernel(source: Tensor, dtype: torch.dtype, random: Tensor) -> Tensor:
     target = torch.empty(source.shape, dtype=dtype, device=source.device)
-    grid = (triton.cdiv(len(source), BLOCK_SIZE),)
-    convert_stochastic[grid](source, random.to(torch.int32), target, len(source), BLOCK_SIZE=BLOCK_SIZE)
+    tensors = source, random.to(torch.int32), target
+    programs = triton.cdiv(len(source), BLOCK_SIZE)
+    launch(convert_stochastic, programs, *tensors, len(source), BLOCK_SIZE=BLOCK_SIZE, **OPTIONS)
     return target
 
 
@@ -217,7 +221,7 @@ def test_random_bits_are_those_of_the_counter(seed, tensor, step, stream, device
     assert rounding.random_bits(seed % 2**64, tensor, step, stream, count - 3, device).tolist() == list(expected[:-3])
     written = torch.zeros(count, dtype=torch.int32, device=device)
     for first in (256, 264, 768):
-        write_random_bits[(1,)](written, seed, tensor, step, stream, first, BLOCK_SIZE=256)
+        launch(write_random_bits, 1, written, seed, tensor, step, stream, first, BLOCK_SIZE=256, **OPTIONS)
     assert written.tolist() == [0] * 256 + list(expected[256:520]) + [0] * 248 + list(expected[768:])
 
 

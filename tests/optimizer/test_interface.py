@@ -108,6 +108,11 @@ NEGATIVE = [
         "Adadelta": ["lr", "rho", "eps", "weight_decay"],
         "Adam": ["lr", "eps", "weight_decay"],
         "AdamW": ["lr", "eps", "weight_decay"],
+        "NAdam": ["lr", "eps", "weight_decay", "momentum_decay"],
+        "RAdam": ["lr", "eps", "weight_decay"],
+        "Adamax": ["lr", "eps", "weight_decay"],
+        "ASGD": ["lr", "weight_decay"],
+        "Rprop": ["lr"],
     }.items()
     for argument in arguments
 ]
@@ -135,6 +140,32 @@ def test_more_that_torch_refuses(name, options):
     assert type(mine.value) is type(theirs.value)
     if not isinstance(theirs.value, (TypeError, IndexError)):
         assert str(mine.value) == str(theirs.value)
+
+
+@pytest.mark.parametrize("argument", ["lambd", "alpha"])
+@pytest.mark.parametrize("bad", [-1.0, float("nan")])
+def test_what_only_newer_torch_refuses(argument, bad):
+    """Since 2.15."""
+    with pytest.raises(ValueError, match=f"^Invalid {argument} value: {bad}$"):
+        fusedopt.ASGD(make_params(), **{argument: bad})
+
+
+@every_optimizer
+def test_a_set_of_parameters(name):
+    """torch 2.15 warns, since the order of a set is another one in each process; older releases take it."""
+
+    def told(make, params):
+        with warnings.catch_warnings(record=True) as record:
+            warnings.simplefilter("always")
+            optimizer = make(name, params)
+        assert {id(param) for param in optimizer.param_groups[0]["params"]} == set(map(id, params))
+        return [(warning.category, str(warning.message)) for warning in record]
+
+    params = set(make_params())
+    assert told(make, params) == told(make_torch, params)
+    for given in (make, make_torch):
+        with pytest.raises(TypeError, match="ordered collections"):
+            given(name, [{"params": params}])
 
 
 @pytest.mark.parametrize("where", ["argument", "group"])
