@@ -4,10 +4,11 @@
 
 PYTHON ?= python3
 OUT ?= bench/results
-TORCH ?=
+TORCH :=
 VENV := .venv$(TORCH:%=-torch-%)
 BIN := $(VENV)/bin
 
+.NOTPARALLEL:
 .PHONY: demo test lint bench gpu clean
 
 $(VENV)/%.done: pyproject.toml setup.py $(VENV)/constraints.txt

@@ -8,10 +8,9 @@ import textwrap
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from .engines.signature import count_scalars
 from .options import DEFAULTS
 from .protocol import OptimizerLike
-from .step.hyper import count_numbers
+from .step.hyper import count_numbers, count_scalars
 from .storage.averaging import EMA, EMA_STEP
 from .storage.precision import KAHAN_COMP, MASTER_PARAM, ROUNDING_STEP
 

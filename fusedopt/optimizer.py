@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -13,7 +14,7 @@ from torch.optim.optimizer import ParamsT
 
 from .declaration import check_declaration
 from .engines.choice import BACKENDS, triton_is_installed, why_no_kernels
-from .options import DEFAULTS, SKIPPED_STEPS, check_group
+from .options import check_group, optional_keys
 from .protocol import Group, Scalars, States
 from .step import amp
 from .step.hooks import hooked_step
@@ -22,6 +23,7 @@ from .stepper import Stepper
 from .storage import precision
 from .storage.averaging import check_not_swapped, swapped
 from .storage.loading import shield, unshield
+from .storage.states import SKIPPED_STEPS
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -224,8 +226,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        take = self._stepper.step
-        _untraced(take, self) if torch.compiler.is_compiling() else take(self)
+        _untraced(_step, self) if torch.compiler.is_compiling() else _step(self)
         return loss
 
     @property
@@ -276,15 +277,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         """
         return swapped(self)
 
-    @property
-    def _optional(self) -> dict[str, Any]:
-        return {**DEFAULTS, **self.optional}
-
     def add_param_group(self, param_group: Group) -> None:
         """Add a param group, as ``torch.optim.Optimizer.add_param_group``."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        for key, default in self._optional.items():
+        for key, default in optional_keys(self).items():
             saved = key == "seed" and precision.is_stochastic(group)  # a resumed run needs it
             if key in group and group[key] == default and not saved:
                 del group[key]
@@ -330,7 +327,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         check_not_swapped(self, "a copy")
-        return {**super().__getstate__(), "backend": self.backend, "_stepper": self._stepper}
+        return {**super().__getstate__(), "backend": self.backend, "_stepper": copy.copy(self._stepper)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         loaded = state["state"]
@@ -341,7 +338,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         self._stepper.forget()
         for group in self.param_groups:
-            for key in self.defaults.keys() - self._optional:
+            for key in self.defaults.keys() - optional_keys(self):
                 group.setdefault(key, self.defaults[key])
 
     def __repr__(self) -> str:
@@ -360,6 +357,10 @@ class FusedOptimizer(torch.optim.Optimizer):
 @torch._disable_dynamo  # torch.compiler.disable would import dynamo and Triton as soon as fusedopt is imported
 def _untraced(function: Callable[..., Any], *args: Any) -> Any:
     return function(*args)
+
+
+def _step(optimizer: FusedOptimizer) -> None:
+    optimizer._stepper.step(optimizer)  # `_stepper` is looked up in here, since that may make one
 
 
 _UNSET = {"backend": "auto", "_steps_in_backward": False, "_origin": (0, 0, 0)}

@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from .protocol import Group
+from .protocol import Group, OptimizerLike
 
 DEFAULTS: Group = {
     "state_dtype": None,
@@ -25,8 +25,6 @@ DEFAULTS: Group = {
 SHARED = ("max_grad_norm", "skip_nonfinite")
 STATE_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16)
 ROUNDINGS = ("nearest", "stochastic")
-
-SKIPPED_STEPS = "skipped_steps"  # a key of the first param group, which torch.distributed.checkpoint saves
 
 
 class CommonOptions(TypedDict, total=False):
@@ -46,6 +44,11 @@ class CommonOptions(TypedDict, total=False):
 def option(group: Group, name: str) -> Any:
     """One of these options; a group has only those that differ from their defaults."""
     return group.get(name, DEFAULTS[name])
+
+
+def optional_keys(optimizer: OptimizerLike) -> Group:
+    """The keys that a group of this optimizer may lack, with their defaults."""
+    return {**DEFAULTS, **optimizer.optional}
 
 
 def is_number(value: Any) -> bool:

@@ -23,7 +23,7 @@ from .engines.triton import KernelStep
 from .options import option
 from .protocol import OptimizerLike
 from .step import graphs
-from .step.entry import Entry, check, entries_of, is_plain, is_ready, param_name, settle_states
+from .step.entry import Entry, check, check_states, entries_of, is_plain, is_ready, param_name, settle_states
 from .step.gate import Gate
 from .step.hyper import Hyper, tuple_getter
 from .step.live import Live
@@ -54,6 +54,7 @@ class Plan:
                 check(optimizer, entry, param, grad)
                 if entry.kernels:
                     check_reach(entry.name, param, grad)
+                check_states(optimizer, entry, param)
                 self.entries.append(entry)
             elif entry.grad_meta is not None and is_ready(optimizer, entry, param):
                 self.entries.append(entry)

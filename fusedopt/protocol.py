@@ -27,7 +27,7 @@ class OptimizerLike(Protocol):
     defaults: Group
     param_groups: list[Group]
     state: defaultdict[Tensor, Any]
-    _origin: tuple[int, int, int]
+    _origin: tuple[int, int, int]  # group, position and index of the first parameter in a whole optimizer
 
     @staticmethod
     def scalars(hyper: Scalars, scalar_states: Scalars) -> tuple[Scalars, Scalars]:

@@ -1,4 +1,4 @@
 """Device code of fusedopt: the generic kernels, and in `rules` what each optimizer adds.
 
-Importing anything below this package imports Triton. Nothing here imports the rest of fusedopt.
+Importing any module below this package imports Triton. Nothing here imports the rest of fusedopt.
 """

@@ -2,7 +2,7 @@
 
 Where the norm of the gradients is asked for, `gate.sum_squares` comes before them.
 
-Tensors are reached through tables of addresses (`fusedopt.multi_tensor` builds them), so the number of launches
+Tensors are reached through tables of addresses (`fusedopt.engines` builds them), so the number of launches
 depends neither on the number of tensors nor on their sizes.
 """
 
@@ -273,6 +273,7 @@ def update(
     draw = ()
     shift = 0
     if STOCHASTIC:
+        tl.static_assert(BLOCK_SIZE % 32 == 0, "a quarter of a block must hold whole groups of eight elements")
         step = tl.load(scalars_ptr + N_SCALARS).to(tl.int32)
         place = tl.load(row_ptr + 3) + first
         shift = (place % 8).to(tl.int32)

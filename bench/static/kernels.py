@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from fusedopt import FusedOptimizer
-from fusedopt.engines.signature import THREADS, Signature, count_scalars, rule
+from fusedopt.engines.signature import THREADS, Signature, rule
 from fusedopt.engines.tables import PREPARE_BLOCK_SIZE, squares_constants
 from fusedopt.options import option
-from fusedopt.step.hyper import count_numbers
+from fusedopt.step.hyper import count_numbers, count_scalars
 from fusedopt.storage.precision import is_stochastic, kept_state, state_dtype
 
 # Parameter, gradient and states.

@@ -30,18 +30,6 @@ def rule(optimizer: type[OptimizerLike]) -> tuple[Any, Any]:
     return optimizer.kernel
 
 
-def count_scalars(optimizer: type[OptimizerLike], n_hyper: int) -> int:
-    """How many scalars a rule has. The values that it is asked with do not matter."""
-    n_scalar_states = len(optimizer.scalar_states)
-    scalars, scalar_states = optimizer.scalars((0.5,) * n_hyper, (0.5,) * n_scalar_states)
-    if len(scalar_states) != n_scalar_states:
-        raise TypeError(
-            f"`scalars` of {optimizer.__name__} returns {len(scalar_states)} scalar states, "
-            f"but {n_scalar_states} are declared: {optimizer.scalar_states}"
-        )
-    return len(scalars)
-
-
 def triton_type(dtype: torch.dtype) -> Any:
     """What Triton calls a dtype."""
     import triton.language as tl

@@ -14,9 +14,9 @@ from torch import Tensor
 from ..protocol import OptimizerLike
 from ..step import graphs
 from ..step.gate import Gate
-from ..step.hyper import Hyper, flat, tuple_getter
+from ..step.hyper import Hyper, count_scalars, flat, tuple_getter
 from .choice import triton_interprets, warp_size
-from .signature import Signature, count_scalars, launch_options, rule, triton_type
+from .signature import Signature, launch_options, rule, triton_type
 from .uploads import Array, Uploads
 
 PREPARE_BLOCK_SIZE = 128

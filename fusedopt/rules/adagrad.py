@@ -98,7 +98,7 @@ class Adagrad(FusedOptimizer):
             "eps_in_sqrt": eps_in_sqrt,
         }
         super().__init__(params, defaults, **common)
-        optimizer: FusedOptimizer = self
+        optimizer: FusedOptimizer = self  # as mypy takes no subclass for a protocol with class variables
         for group in self.param_groups:
             for param in group["params"]:
                 create_states(optimizer, param, self.state[param], group)

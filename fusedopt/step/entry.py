@@ -151,7 +151,7 @@ def entries_of(
 
 
 def check(optimizer: OptimizerLike, entry: Entry, param: Tensor, grad: Tensor) -> None:
-    """Raise for anything that the step could not do, before it does anything."""
+    """Raise for a parameter or gradient that no step can take."""
     name, whole = entry.name, param
     param = sharding.local(param)
     sharding.check_placements(whole, name)
@@ -171,10 +171,10 @@ def check(optimizer: OptimizerLike, entry: Entry, param: Tensor, grad: Tensor) -
         raise RuntimeError(f"{name} must be of a floating-point or complex dtype, but it is {param.dtype}")
     if layout.overlaps_itself(param):
         raise RuntimeError(f"{name} is expanded: several of its elements share one place in memory")
-    _check_states(optimizer, entry, whole)
 
 
-def _check_states(optimizer: OptimizerLike, entry: Entry, param: Tensor) -> None:
+def check_states(optimizer: OptimizerLike, entry: Entry, param: Tensor) -> None:
+    """Raise for states that are there and do not fit their parameter."""
     name = entry.name
     state = optimizer.state.get(param, {})
     if not isinstance(state, dict):

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..options import SKIPPED_STEPS, option
+from ..options import option
 from ..protocol import Group
+from ..storage.states import SKIPPED_STEPS
 from . import graphs
 from .hyper import Hyper
 from .ranks import Ranks

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..options import DEFAULTS, check_group, is_number, option
+from ..options import check_group, is_number, option, optional_keys
 from ..protocol import Group, OptimizerLike
 
 Number = float | Tensor
@@ -24,7 +24,7 @@ class Hyper:
     """
 
     def __init__(self, optimizer: OptimizerLike) -> None:
-        names, optional = optimizer.hyperparameters, {**DEFAULTS, **optimizer.optional}
+        names, optional = optimizer.hyperparameters, optional_keys(optimizer)
         defaults = {**optimizer.defaults, **optional}
         self._defaults = {name: defaults[name] for name in names}
         self._required = tuple(name for name in (*names, *optimizer.options) if name not in optional)
@@ -124,6 +124,18 @@ def flat(rows: Iterable[Iterable[Any]]) -> Iterator[Any]:
 def count_numbers(values: Iterable[Any]) -> int:
     """How many numbers these hyperparameters hold."""
     return sum(places_of(value) or 1 for value in values)
+
+
+def count_scalars(optimizer: type[OptimizerLike], n_hyper: int) -> int:
+    """How many scalars a rule has. The values that it is asked with do not matter."""
+    n_scalar_states = len(optimizer.scalar_states)
+    scalars, scalar_states = optimizer.scalars((0.5,) * n_hyper, (0.5,) * n_scalar_states)
+    if len(scalar_states) != n_scalar_states:
+        raise TypeError(
+            f"`scalars` of {optimizer.__name__} returns {len(scalar_states)} scalar states, "
+            f"but {n_scalar_states} are declared: {optimizer.scalar_states}"
+        )
+    return len(scalars)
 
 
 def places_of(value: Any) -> int:

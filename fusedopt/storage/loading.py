@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..options import SKIPPED_STEPS, is_number
+from ..options import is_number
 from ..protocol import OptimizerLike
 from .averaging import EMA_STEP
 from .dtypes import scalar_dtype
 from .precision import ROUNDING_STEP
+from .states import SKIPPED_STEPS
 
 
 class Shielded:

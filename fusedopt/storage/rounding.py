@@ -55,7 +55,7 @@ def random_bits(
     seed: int, tensor: int, step: int, stream: int, count: int, device: torch.device, first: int = 0
 ) -> Tensor:
     """16 random bits for each of `count` elements of a tensor from the `first` one. Eight share one call of Philox."""
-    group = torch.arange(first // 8, -(-(first + count) // 8), device=device)
+    group = torch.arange(first // 8, -(-(first + count) // 8), device=device) & MASK32
     words = torch.stack(philox((group, tensor, step, stream), (seed & MASK32, seed >> 32)), dim=1)
     return torch.stack([words & 0xFFFF, words >> 16], dim=2).reshape(-1)[first % 8 :][:count]
 

@@ -1,4 +1,4 @@
-"""The states of one parameter: those of its class, and those that the options add."""
+"""Which states there are: of one parameter those of its class, and those that the options add."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from ..options import option
 from ..protocol import Group, OptimizerLike
 from .averaging import EMA, EMA_STEP, new_ema
 from .precision import ROUNDING_STEP, is_stochastic, kept_state, new_kept_state, state_dtype
+
+SKIPPED_STEPS = "skipped_steps"  # a key of the first param group, which torch.distributed.checkpoint saves
 
 
 def create_states(optimizer: OptimizerLike, param: Tensor, state: dict[str, Any], group: Group) -> None:

@@ -1,4 +1,4 @@
 """The device functions of each optimizer, `scalars` and `update`: the twins of `fusedopt.rules`, name by name.
 
-May import Triton and `fusedopt.kernels.arithmetic`.
+May import Triton and the modules of `fusedopt.kernels`.
 """

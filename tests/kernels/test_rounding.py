@@ -219,6 +219,8 @@ def test_random_bits_are_those_of_the_counter(seed, tensor, step, stream, device
     count = 4 * 256
     expected = rounding_oracle.random_bits(seed % 2**64, tensor, step, stream, count)
     assert rounding.random_bits(seed % 2**64, tensor, step, stream, count - 3, device).tolist() == list(expected[:-3])
+    after_2_35 = rounding.random_bits(seed % 2**64, tensor, step, stream, 100, device, first=2**35 + 3)
+    assert after_2_35.tolist() == list(expected[3:103])  # a word of Philox counts groups of eight
     written = torch.zeros(count, dtype=torch.int32, device=device)
     for first in (256, 264, 768):
         launch(write_random_bits, 1, written, seed, tensor, step, stream, first, BLOCK_SIZE=256, **OPTIONS)

@@ -1,6 +1,8 @@
 """Whatever happens between two steps, the next one does what torch.optim does.
 
-More examples, other ones each time: FUSEDOPT_FUZZ_EXAMPLES=1000 pytest tests/test_fuzz.py [--hypothesis-seed=N]
+More examples, other ones each time:
+
+    FUSEDOPT_FUZZ_EXAMPLES=1000 pytest tests/optimizer/test_fuzz.py [--hypothesis-seed=N]
 """
 
 import os

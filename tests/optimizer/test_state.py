@@ -290,6 +290,21 @@ def test_loading_the_own_state_at_once(name, backend):
     assert_same(mine, theirs)
 
 
+def test_a_shallow_copy_counts_for_itself(backend):
+    mine = make("SGD", make_params(), lr=0.1, max_grad_norm=1.0, backend=backend)
+    train(mine, range(1))
+    norm = mine.grad_norm
+    other = copy.copy(mine)
+    assert other.grad_norm is None
+    set_grads(params_of(other), 7)
+    other.step()
+    assert other.grad_norm != norm
+    assert mine.grad_norm is norm
+    mine._stepper.skipped_steps = 3
+    other.load_state_dict(other.state_dict())
+    assert mine.skipped_steps == 3
+
+
 COPIES = {
     "deepcopy": copy.deepcopy,
     "pickle": lambda pair: pickle.loads(pickle.dumps(pair)),
