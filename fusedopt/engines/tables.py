@@ -271,7 +271,8 @@ def _on(device: torch.device, number: Any, default: Tensor) -> Tensor:
     """A number of the user's as an fp32 tensor on this device."""
     if number is None:
         return default
-    return torch.as_tensor(number).to(device, torch.float32, non_blocking=True)
+    tensor = number if isinstance(number, Tensor) else torch.tensor(number, device="cpu")
+    return tensor.to(device, torch.float32, non_blocking=True)
 
 
 def number_address(number: Tensor | None) -> int:

@@ -49,14 +49,16 @@ class Uploads:
 
     def _staging(self, size: int) -> Tensor:
         """Pinned memory: a captured copy reads from no other, and PyTorch 2.10 can allocate none while it captures."""
-        pinned = self.device.type == "cuda"
         if graphs.is_capturing():
             spare, self._spare = self._spare, None
             if spare is not None and len(spare) == size:
                 return spare
         elif self._spare is None or len(self._spare) != size:
-            self._spare = torch.empty(size, dtype=torch.int64, pin_memory=pinned)  # for a capture that may come
-        return torch.empty(size, dtype=torch.int64, pin_memory=pinned)
+            self._spare = self._pinned(size)  # for a capture that may come
+        return self._pinned(size)
+
+    def _pinned(self, size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.int64, device="cpu", pin_memory=self.device.type == "cuda")
 
     def _current_stream(self) -> int:
         return torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from ..optimizer import FusedOptimizer
 from ..options import CommonOptions
@@ -15,9 +16,6 @@ from ..storage.dtypes import scalar_dtype
 from ..storage.precision import state_dtype
 from ..storage.states import create_states
 from .checks import check_lr, check_not_negative
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 class Adagrad(FusedOptimizer):
@@ -105,7 +103,7 @@ class Adagrad(FusedOptimizer):
 
     def init_state(self, param: Tensor, state: dict[str, Any], group: Group) -> None:
         value = self.defaults["initial_accumulator_value"]
-        state.setdefault("step", torch.tensor(0.0, dtype=scalar_dtype()))
+        state.setdefault("step", torch.tensor(0.0, dtype=scalar_dtype(), device="cpu"))
         if state.get("sum") is None:
             fill = complex(value, value) if param.is_complex() else value
             state["sum"] = torch.full_like(

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from ..optimizer import FusedOptimizer
+from ..options import CommonOptions
 from ..protocol import Group, Scalars, States
 from .checks import check_lr, check_not_negative
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-    from ..options import CommonOptions
 
 
 class RMSprop(FusedOptimizer):

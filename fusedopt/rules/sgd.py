@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from ..optimizer import FusedOptimizer
 from ..options import CommonOptions
 from ..protocol import Group, Scalars, States
 from ..storage.precision import state_dtype
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 class SGD(FusedOptimizer):

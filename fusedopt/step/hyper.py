@@ -5,6 +5,7 @@ from itertools import accumulate, chain
 from operator import is_, itemgetter
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -104,6 +105,8 @@ class Hyper:
             row[-1] = float(value or 0.0)
         if name not in self._ends:
             return True
+        if value is None and isinstance(self._defaults[name], (bool, type(None))):  # a flag that is not set
+            value = False
         places = places_of(self._defaults[name])
         if places_of(value) != places:
             wanted = f"{places} numbers" if places else "one number"
@@ -140,7 +143,8 @@ def count_scalars(optimizer: type[OptimizerLike], n_hyper: int) -> int:
 
 def places_of(value: Any) -> int:
     """How many numbers a hyperparameter holds; 0 for a single one that is not in a sequence."""
-    return len(value) if isinstance(value, (tuple, list)) else 0
+    is_sequence = isinstance(value, Sequence) and not isinstance(value, str)
+    return len(value) if is_sequence or (isinstance(value, np.ndarray) and value.ndim == 1) else 0
 
 
 def tuple_getter(keys: Sequence[Any]) -> Callable[[Any], tuple[Any, ...]]:
@@ -151,6 +155,11 @@ def tuple_getter(keys: Sequence[Any]) -> Callable[[Any], tuple[Any, ...]]:
         (key,) = keys
         return lambda items: (items[key],)
     return lambda items: ()
+
+
+def to_float(number: Number) -> float:
+    """The value of a number, which may be a tensor that requires a gradient: no step is traced."""
+    return float(number.detach() if isinstance(number, Tensor) else number)
 
 
 def _immutable(value: Any) -> bool:
@@ -172,4 +181,4 @@ def _number(value: Any, name: str, index: int) -> Number:
         return float(value)
     if value.numel() != 1:
         raise ValueError(f"Tensor {name} of group {index} must be 1-element")
-    return float(value) if value.device.type == "cpu" else value
+    return to_float(value) if value.device.type == "cpu" else value

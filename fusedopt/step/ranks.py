@@ -83,7 +83,8 @@ class Ranks:
                 values[part - 1] += squares
             values[-2] += not_finite
         if found_inf is not None:
-            values[-1] = torch.as_tensor(found_inf).to(self._device, torch.float64, non_blocking=True)
+            told = found_inf if isinstance(found_inf, Tensor) else torch.tensor(found_inf, device="cpu")
+            values[-1] = told.to(self._device, torch.float64, non_blocking=True)
         for group in self._groups:
             shared = values if group.rows is None else values[group.rows]
             dist.all_reduce(shared, group=group.ranks)

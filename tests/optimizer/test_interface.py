@@ -1,12 +1,15 @@
 """The classes are used as torch.optim's: signatures, arguments, hooks, closures, groups."""
 
+import collections
 import importlib
 import inspect
 import re
 import sys
+import typing
 import warnings
 from unittest.mock import MagicMock, patch
 
+import numpy as np
 import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -166,6 +169,67 @@ def test_a_set_of_parameters(name):
     for given in (make, make_torch):
         with pytest.raises(TypeError, match="ordered collections"):
             given(name, [{"params": params}])
+
+
+PAIRS = {
+    "tuple": tuple,
+    "list": list,
+    "array": np.array,
+    "sequence": collections.UserList,
+}
+PAIR_OF = {name: {"betas": (0.8, 0.75)} for name in ("Adam", "AdamW", "NAdam", "RAdam", "Adamax")}
+PAIR_OF["Rprop"] = {"etas": (0.25, 1.5), "step_sizes": (0.125, 2.0)}
+
+
+@pytest.mark.parametrize("kind", PAIRS.values(), ids=PAIRS)
+@pytest.mark.parametrize("name", PAIR_OF)
+@both_backends
+def test_a_pair_is_any_sequence(name, kind, backend):
+    pairs = {key: kind(value) for key, value in PAIR_OF[name].items()}
+    expected = make(name, make_params(), backend=backend, **PAIR_OF[name])
+    given = make(name, make_params(), backend=backend, **pairs)
+    grouped = make(name, [{"params": make_params(), **pairs}], backend=backend)
+    later = make(name, make_params(), backend=backend)
+    later.param_groups[0].update(pairs)
+    train(expected, range(3))
+    for optimizer in (given, grouped, later):
+        train(optimizer, range(3))
+        assert snapshot(optimizer)["params"] == snapshot(expected)["params"]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("SGD", {"nesterov": None, "maximize": None, "momentum": 0.9}),
+        ("Adam", {"maximize": None, "amsgrad": None}),
+        ("Adam", {"decoupled_weight_decay": None, "weight_decay": 0.5}),
+        ("RMSprop", {"centered": None, "maximize": None}),
+    ],
+    ids=str,
+)
+@both_backends
+def test_a_flag_may_be_none(name, options, backend):
+    mine, theirs = make(name, make_params(), backend=backend, **options), make_torch(name, make_params(), **options)
+    train(mine, range(3))
+    train(theirs, range(3))
+    assert_same(mine, theirs)
+
+
+@both_backends
+@pytest.mark.filterwarnings("error")
+def test_an_lr_that_requires_a_gradient(backend):
+    lr = torch.tensor(0.1, requires_grad=True)
+    mine, theirs = make("Adam", make_params(), backend=backend, lr=lr), make_torch("Adam", make_params(), lr=0.1)
+    train(mine, range(2))
+    train(theirs, range(2))
+    torch.testing.assert_close(params_of(mine), params_of(theirs), rtol=1e-6, atol=1e-7)  # 0.1 in fp32
+
+
+@pytest.mark.parametrize("name", fusedopt.__all__)
+def test_type_hints_can_be_read(name):
+    """By pydantic and others that read them at run time."""
+    given = getattr(fusedopt, name)
+    assert typing.get_type_hints(given.__init__ if isinstance(given, type) else given)
 
 
 @pytest.mark.parametrize("where", ["argument", "group"])
