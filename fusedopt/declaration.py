@@ -11,12 +11,10 @@ from typing import Any
 from .options import DEFAULTS
 from .protocol import OptimizerLike
 from .step.hyper import count_numbers, count_scalars
-from .storage.averaging import EMA, EMA_STEP
-from .storage.precision import KAHAN_COMP, MASTER_PARAM, ROUNDING_STEP
+from .storage.states import ADDED
 
 DECLARED = ("kernel", "hyperparameters")
 EQUATIONS = ("scalars", "reference")
-RESERVED = (ROUNDING_STEP, MASTER_PARAM, KAHAN_COMP, EMA_STEP, EMA)  # states of every optimizer
 
 
 def check_declaration(optimizer: type[OptimizerLike], base: type[OptimizerLike], defaults: dict[str, Any]) -> None:
@@ -41,7 +39,7 @@ def check_declaration(optimizer: type[OptimizerLike], base: type[OptimizerLike],
         if key in defaults:
             raise TypeError(f"{name} has a default for {key!r}, which is an option of every FusedOptimizer")
     for state in (*optimizer.scalar_states, *optimizer.states):
-        if state in RESERVED:
+        if state in ADDED:
             raise TypeError(f"{name} declares the state {state!r}, which every FusedOptimizer may have")
     n_scalars = count_scalars(optimizer, count_numbers(defaults[key] for key in optimizer.hyperparameters))
     if isinstance(optimizer.kernel, str):

@@ -16,7 +16,7 @@ from ..protocol import Group, OptimizerLike
 from ..storage import dtypes, precision
 from ..storage.averaging import EMA, EMA_STEP, ema_dtype
 from ..storage.precision import ROUNDING_STEP
-from ..storage.states import create_states
+from ..storage.states import check_complete, create_states
 from . import graphs, layout, sharding
 from .hyper import tuple_getter
 from .live import Row
@@ -223,6 +223,7 @@ def settle_states(optimizer: OptimizerLike, entry: Entry, param: Tensor, grad: T
     group = optimizer.param_groups[entry.group]
     state = optimizer.state[param]
     if any(state.get(name) is None for name in entry.names):
+        check_complete(optimizer, group, state, entry.name)
         if graphs.is_capturing():
             raise RuntimeError(
                 f"{entry.name} has no states yet, and a graph that creates them would do so at each replay: "

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..options import is_number
-from ..protocol import OptimizerLike
+from ..protocol import Group, OptimizerLike
 from .averaging import EMA_STEP
 from .dtypes import scalar_dtype
 from .precision import ROUNDING_STEP
-from .states import SKIPPED_STEPS
 
 
 class Shielded:
@@ -23,7 +23,11 @@ class Shielded:
 
 
 def shield(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """A load_state_dict pre-hook: shields the tensors, and keeps the optimizer's own keys where a group has none."""
+    """A load_state_dict pre-hook: shields the tensors, and keeps the optimizer's own options where a group has none.
+
+    Keys that are none of its options, such as a scheduler's ``initial_lr``, are only the checkpoint's to have. Whether
+    it was saved by a fused optimizer says nothing about this one.
+    """
     state = {
         key: {k: Shielded(v) if isinstance(v, Tensor) else v for k, v in values.items()}
         if isinstance(values, dict)
@@ -32,12 +36,15 @@ def shield(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict
     }
     groups = list(state_dict["param_groups"])
     if len(groups) == len(optimizer.param_groups):
-        unsaved = ("params", "param_names", SKIPPED_STEPS)
         groups = [
-            {**{k: v for k, v in own.items() if k not in unsaved}, **loaded}
+            {**_only(own, optimizer.defaults), **loaded, **_only(own, ("fused",))}
             for own, loaded in zip(optimizer.param_groups, groups, strict=True)
         ]
     return {**state_dict, "state": state, "param_groups": groups}
+
+
+def _only(group: Group, keys: Iterable[str]) -> Group:
+    return {key: group[key] for key in keys if key in group}
 
 
 def unshield(key: str, value: Any, device: torch.device | None, optimizer: OptimizerLike) -> Any:
@@ -45,7 +52,7 @@ def unshield(key: str, value: Any, device: torch.device | None, optimizer: Optim
     scalar_states = (*optimizer.scalar_states, ROUNDING_STEP, EMA_STEP)
     if not isinstance(value, Shielded):
         number = key in scalar_states and is_number(value)
-        return torch.tensor(float(value), dtype=scalar_dtype()) if number else value
+        return torch.tensor(float(value), dtype=scalar_dtype(), device="cpu") if number else value
     if key in scalar_states or device is None:
         return value.tensor.clone()  # the step brings it where its backend reads it
     return value.tensor.to(device, copy=True)

@@ -10,8 +10,17 @@ from torch import Tensor
 from ..options import option
 from ..protocol import Group, OptimizerLike
 from .averaging import EMA, EMA_STEP, new_ema
-from .precision import ROUNDING_STEP, is_stochastic, kept_state, new_kept_state, state_dtype
+from .precision import (
+    KAHAN_COMP,
+    MASTER_PARAM,
+    ROUNDING_STEP,
+    is_stochastic,
+    kept_state,
+    new_kept_state,
+    state_dtype,
+)
 
+ADDED = (ROUNDING_STEP, MASTER_PARAM, KAHAN_COMP, EMA_STEP, EMA)  # what options add to the states of every class
 SKIPPED_STEPS = "skipped_steps"  # a key of the first param group, which torch.distributed.checkpoint saves
 
 
@@ -26,9 +35,33 @@ def create_states(optimizer: OptimizerLike, param: Tensor, state: dict[str, Any]
     if kept is not None and state.get(kept) is None:
         state[kept] = new_kept_state(kept, param)
     if is_stochastic(group):
-        state.setdefault(ROUNDING_STEP, torch.tensor(0.0, dtype=torch.float64))  # counts beyond 2^24
+        state.setdefault(ROUNDING_STEP, torch.tensor(0.0, dtype=torch.float64, device="cpu"))  # beyond 2^24
     if option(group, "ema_decay") is not None:
         if state.get(EMA) is None:
             state[EMA] = new_ema(param)
             state[EMA_STEP] = 0.0
         state.setdefault(EMA_STEP, 1.0)  # an average that is there has begun
+
+
+def check_complete(optimizer: OptimizerLike, group: Group, state: dict[str, Any], name: str) -> None:
+    """Raise for a state that has begun, but not with all that this class always keeps: then it is another class's.
+
+    Args:
+        optimizer: the optimizer.
+        group: the param group of the parameter.
+        state: its state.
+        name: what messages call the parameter.
+    """
+    there = {key for key, value in state.items() if value is not None and key not in ADDED}
+    names = (*optimizer.scalar_states, *optimizer.states)
+    # Where an option that calls for a state was off before, the state is missing without fault.
+    off = {key: type(value)(0) if isinstance(value, (bool, int, float)) else value for key, value in group.items()}
+    missing = [key for key in names if key not in there and optimizer.uses(key, group) and optimizer.uses(key, off)]
+    if there and missing:
+        foreign = sorted(there.difference(names))
+        raise RuntimeError(
+            f"the state of {name} has no {' and no '.join(map(repr, missing))}"
+            + (f", but {', '.join(map(repr, foreign))}" if foreign else "")
+            + f": {type(optimizer).__name__} cannot go on from it. Load what this class has saved, or delete the state "
+            "of the parameter to begin anew"
+        )

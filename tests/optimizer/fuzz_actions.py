@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.optim.lr_scheduler import ExponentialLR
 
-from fusedopt.declaration import RESERVED
 from fusedopt.options import DEFAULTS, SHARED
+from fusedopt.storage.states import ADDED
 from tests.twins import snapshot
 
 NUMBERS = {
@@ -391,7 +391,7 @@ class Actions:
             group["foreach"] = False
             for key in DEFAULTS:
                 group.pop(key, None)
-        for name in RESERVED:
+        for name in ADDED:
             self.drop_of(self.theirs, name)
 
     def copied(self, draw):

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fusedopt
-from fusedopt.declaration import RESERVED
 from fusedopt.storage.averaging import EMA, EMA_STEP
 from fusedopt.storage.precision import KAHAN_COMP, MASTER_PARAM, ROUNDING_STEP, kept_state, state_dtype
+from fusedopt.storage.states import ADDED
 from tests import oracle, rounding_oracle
 from tests.cases import CASES, MODES
 from tests.conftest import DEVICE
@@ -185,7 +185,7 @@ class Twins(Actions):
 
         self.forget_replaced()
         mine, true = (
-            {i: s.keys() - RESERVED for i, s in o.state_dict()["state"].items() if s.keys() - RESERVED}
+            {i: s.keys() - ADDED for i, s in o.state_dict()["state"].items() if s.keys() - ADDED}
             for o in (self.ours, self.theirs)
         )
         assert mine == true

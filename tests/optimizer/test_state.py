@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import re
 
 import pytest
 import torch
@@ -188,6 +189,72 @@ def test_own_options_survive_a_torch_checkpoint(name, own, backend):
         mine.load_state_dict(theirs.state_dict())
         assert mine.param_groups[0]["lr"] == 0.25
         assert {key: mine.param_groups[0][key] for key in own} == own
+
+
+def test_keys_of_others_are_the_checkpoints(backend):
+    """A scheduler's of a run that is given up do not survive a checkpoint from before it."""
+    mine, theirs = make("SGD", make_params(), backend=backend), make_torch("SGD", make_params())
+    for optimizer in (mine, theirs):
+        before = copy.deepcopy(optimizer.state_dict())
+        torch.optim.lr_scheduler.LinearLR(optimizer, 1e-7)
+        optimizer.param_groups[0]["note"] = "of the user's"
+        optimizer.load_state_dict(before)
+        assert not optimizer.param_groups[0].keys() & {"initial_lr", "note"}
+        before["param_groups"][0]["note"] = "saved"
+        optimizer.load_state_dict(before)
+        assert optimizer.param_groups[0]["note"] == "saved"
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adagrad", "Adam", "AdamW"])
+@pytest.mark.parametrize("saved", [True, False, None])
+@pytest.mark.parametrize("own", [None, False])
+def test_a_loaded_fused_decides_nothing(name, saved, own, backend):
+    if own is False and backend == "triton":
+        return  # is refused
+    theirs = make_torch(name, make_params(), fused=saved)
+    train(theirs, range(1))
+    mine = make(name, make_params(), backend=backend, fused=own)
+    mine.load_state_dict(theirs.state_dict())
+    assert mine.param_groups[0]["fused"] is own
+    train(mine, range(1, 2))
+    assert all(entry.kernels == (backend == "triton") for entry in mine._stepper.plan.entries)
+
+
+@pytest.mark.parametrize(
+    ("saved", "name", "missing"),
+    [
+        ("Adadelta", "Adam", "'exp_avg' and no 'exp_avg_sq', but 'acc_delta', 'square_avg'"),
+        ("RMSprop", "NAdam", "'mu_product' and no 'exp_avg' and no 'exp_avg_sq', but 'square_avg'"),
+        ("Adam", "Adagrad", "'sum', but 'exp_avg', 'exp_avg_sq'"),
+        ("Adam", "Rprop", "'prev' and no 'step_size', but 'exp_avg', 'exp_avg_sq'"),
+    ],
+)
+def test_the_state_of_another_class_is_refused(saved, name, missing, backend):
+    other = make(saved, make_params(), backend=backend)
+    train(other, range(1))
+    mine = make(name, make_params(), backend=backend)
+    mine.load_state_dict(other.state_dict())
+    before = snapshot(mine)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=re.escape(f"parameter 0 of group 0 has no {missing}: {name} cannot go")):
+            train(mine, range(1))
+        assert snapshot(mine)["params"] == before["params"]
+    for values in mine.state.values():
+        values.clear()
+    train(mine, range(1))
+
+
+@pytest.mark.parametrize("lost", ["step", "exp_avg", "exp_avg_sq"])
+@pytest.mark.parametrize("options", [{}, {"ema_decay": 0.5, "skip_nonfinite": True}], ids=str)
+def test_half_a_state_is_refused(lost, options, backend):
+    """As apex saves it, say, which keeps the number of steps in the group."""
+    mine = make("Adam", make_params(), backend=backend, **options)
+    train(mine, range(2))
+    saved = copy.deepcopy(mine.state_dict())
+    del saved["state"][1][lost]
+    mine.load_state_dict(saved)
+    with pytest.raises(RuntimeError, match=f"parameter 1 of group 0 has no '{lost}': Adam cannot go on"):
+        train(mine, range(1))
 
 
 STEPS = {
