@@ -18,7 +18,7 @@ from .options import check_group, optional_keys
 from .protocol import Group, Scalars, States
 from .step import amp
 from .step.hooks import hooked_step
-from .step.sharding import is_sharded
+from .step.sharding import is_flattened, is_sharded
 from .stepper import Stepper
 from .storage import precision
 from .storage.averaging import check_not_swapped, swapped
@@ -74,9 +74,10 @@ class FusedOptimizer(torch.optim.Optimizer):
     others may differ. A group has them where they differ from their defaults, and the seed of stochastic rounding;
     where a loaded one has none, this optimizer's stay.
 
-    ``torch.amp.GradScaler`` leaves unscaling and skipping to the step where the kernels run for all parameters: by its
-    attributes `grad_scale`, which the gradients are divided by, and `found_inf`, which skips the step unless it is 0.
-    Both are one-element tensors; a step reads them where they are and waits for neither.
+    ``torch.amp.GradScaler`` leaves unscaling and skipping to the step where the kernels run for all parameters, and no
+    hook, no wrapper and no `step` of a subclass would see scaled gradients: by its attributes `grad_scale`, which the
+    gradients are divided by, and `found_inf`, which skips the step unless it is 0. Both are one-element tensors; a step
+    reads them where they are and waits for neither.
 
     Parameters may be DTensors. Their states are DTensors of the same placements, and a rank steps what it holds. Where
     a step asks for the norm of gradients or may be skipped, all ranks of their meshes must step, also those without
@@ -217,8 +218,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             closure: reevaluates the model and returns the loss, which is then returned.
 
         Raises:
-            RuntimeError: a gradient or state does not fit its parameter.
-            ValueError, TypeError: an option that was set since is one that the constructor would have refused.
+            RuntimeError: a gradient or state does not fit its parameter, or a state lacks what the class always keeps.
+            ValueError, TypeError: an option that was set since is one that the constructor would have refused;
+                `max_grad_norm` or `skip_nonfinite` for pieces of ``FullyShardedDataParallel``'s parameters.
 
         Nothing has been written then.
         """
@@ -243,26 +245,26 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         With `skip_nonfinite` it is saved, as a key of the first param group.
         """
-        return torch.as_tensor(self.param_groups[0].get(SKIPPED_STEPS, self._stepper.skipped_steps))
+        count = self.param_groups[0].get(SKIPPED_STEPS, self._stepper.skipped_steps)
+        return count if isinstance(count, Tensor) else torch.tensor(count, device="cpu")
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """What torch.amp.GradScaler asks before it leaves unscaling and skipping to the step.
 
-        Where parameters are sharded, the step asks all ranks whether to skip, in kernels or not. GradScaler does not.
+        Where parameters are DTensors, the step asks all ranks whether to skip, in kernels or not. GradScaler does not.
+        FSDP1's ShardedGradScaler does, which it must not leave to the step.
         """
-        if amp.is_clipper(sys._getframe(1)):
-            return False
-        if self._steps_in_backward:
+        asker = sys._getframe(1)
+        if self._steps_in_backward and amp.is_scaler(asker):
             raise RuntimeError(
                 "GradScaler cannot be used with step_in_backward: when it would unscale or skip, the parameters have "
                 "stepped, by scaled gradients"
             )
-        if amp.is_watched(self):
+        params = [param for group in self.param_groups for param in group["params"]]
+        if not amp.steps_by_itself(asker, self, _PLAIN_STEP) or any(map(is_flattened, params)):
             return False
-        if any(is_sharded(param) for group in self.param_groups for param in group["params"]):
-            return True
-        return self._stepper.all_in_kernels(self)
+        return any(map(is_sharded, params)) or self._stepper.all_in_kernels(self)
 
     def swap_ema(self) -> AbstractContextManager[None]:
         """Within the context, every parameter has the value of its average, and the average that of its parameter.
@@ -309,7 +311,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Load a state, also one that ``torch.optim`` saved.
 
         Unlike torch's, this keeps the dtype and the bits of every tensor, copies them (later steps leave `state_dict`
-        alone), and keeps this optimizer's options where the loaded groups have none.
+        alone), and keeps this optimizer's options where the loaded groups have none, and its `fused` in any case.
         """
         check_not_swapped(self, "load_state_dict")
         # Last of the hooks, so that it sees what the user's have made of the dict.
@@ -357,6 +359,9 @@ class FusedOptimizer(torch.optim.Optimizer):
 @torch._disable_dynamo  # torch.compiler.disable would import dynamo and Triton as soon as fusedopt is imported
 def _untraced(function: Callable[..., Any], *args: Any) -> Any:
     return function(*args)
+
+
+_PLAIN_STEP = FusedOptimizer.step  # before torch puts hooks around it
 
 
 def _step(optimizer: FusedOptimizer) -> None:

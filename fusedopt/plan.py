@@ -28,7 +28,7 @@ from .step.gate import Gate
 from .step.hyper import Hyper, tuple_getter
 from .step.live import Live
 from .step.ranks import Ranks
-from .step.sharding import is_sharded, opened
+from .step.sharding import is_flattened, is_sharded, opened
 from .step.watch import Watch, meta
 
 DEBUG = os.environ.get("FUSEDOPT_DEBUG", "0") not in ("", "0")
@@ -79,6 +79,7 @@ class Plan:
         self._pick = tuple_getter(inside) if self._outside else tuple
 
         self.is_sharded = any(map(is_sharded, params))
+        self.has_pieces = any(map(is_flattened, params))
         self._ranks = Ranks(params)
         for entry in self.entries:
             entry.part = self._ranks.part_of[entry.index]

@@ -17,7 +17,7 @@ from .step.entry import param_name
 from .step.gate import Gate, settled_counter
 from .step.hyper import Hyper
 from .step.live import Live
-from .step.sharding import local_grads
+from .step.sharding import check_whole, local_grads
 from .storage.averaging import check_not_swapped
 
 
@@ -54,6 +54,8 @@ class Stepper:
             if gate.may_skip and not self.may_skip:
                 self.may_skip, self.plan = True, None
             plan, live = self._planned(optimizer, hyper, changed)
+            if gate.reads_gradients and plan.has_pieces:
+                check_whole(all_params(optimizer), partial(param_name, optimizer))
         except Exception:
             self.forget()  # whatever was new to this step is new to the next one too
             raise

@@ -1,31 +1,42 @@
-"""What torch.amp.GradScaler and those around it are told when they ask whether the step unscales and skips by itself.
+"""What torch.amp.GradScaler is told when it asks whether the step unscales and skips by itself.
 
-All ask for the same attribute, `_step_supports_amp_scaling`, but mean different things by it.
+The answer is yes only where all of it is known to hold. After a no GradScaler does both, which is always right.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-# They ask before they unscale and clip, and refuse to where the answer is yes, with or without a GradScaler. A step
-# takes gradients that have been unscaled as well, and GradScaler reads and writes all of them either way.
-CLIPPERS = ("lightning", "lightning_fabric", "pytorch_lightning")
-# Its optimizers put a step of their own in place, and take the real one for skipped if GradScaler does not call it.
-# Schedulers and logs rely on that, so GradScaler must decide, which waits for the device.
-STEP_WATCHERS = ("accelerate",)
+from torch.amp.grad_scaler import GradScaler
+
+from .hooks import has_hooks
+
+# Who may put a function around a step: these only add hooks, profiling and a flag for schedulers.
+WRAPPERS = ("fusedopt.step.hooks", "torch.optim.optimizer", "torch.optim.lr_scheduler")
 
 
-def is_clipper(asker: FrameType) -> bool:
-    """Whether the function with this frame only wants to know whether it may unscale and clip."""
-    return _package(asker.f_globals.get("__name__")) in CLIPPERS
+def is_scaler(asker: FrameType) -> bool:
+    """Whether the function with this frame is GradScaler's `step`. Others ask too, and mean other things by it."""
+    return asker.f_code is GradScaler.step.__code__
 
 
-def is_watched(optimizer: Any) -> bool:
-    """Whether somebody takes a step for skipped only if GradScaler does not call it."""
-    step = vars(optimizer).get("step")
-    return step is not None and _package(getattr(step, "__module__", None)) in STEP_WATCHERS
+def steps_by_itself(asker: FrameType, optimizer: Any, plain_step: Callable[..., Any]) -> bool:
+    """Whether GradScaler will call the plain step of this very object, and nobody else looks at gradients or steps.
+
+    A wrapper that hands attributes on would get `grad_scale` and `found_inf` in place of the optimizer. A step of a
+    subclass, and hooks, would see scaled gradients, and steps that are skipped.
+    """
+    if not is_scaler(asker) or asker.f_locals["optimizer"] is not optimizer:
+        return False
+    return _is_plain(optimizer.step, plain_step) and not has_hooks(optimizer)
 
 
-def _package(module: Any) -> str:
-    return str(module).partition(".")[0]
+def _is_plain(step: Any, plain_step: Callable[..., Any]) -> bool:
+    step = getattr(step, "__func__", step)
+    while step is not plain_step:
+        if getattr(step, "__globals__", {}).get("__name__") not in WRAPPERS or not hasattr(step, "__wrapped__"):
+            return False
+        step = step.__wrapped__
+    return True

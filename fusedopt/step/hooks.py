@@ -16,13 +16,17 @@ def hooked_step(step: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(step)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
-        is_watched = (
-            profiler._is_profiler_enabled
-            or self._optimizer_step_pre_hooks
-            or self._optimizer_step_post_hooks
-            or optimizer._global_optimizer_pre_hooks
-            or optimizer._global_optimizer_post_hooks
-        )
+        is_watched = profiler._is_profiler_enabled or has_hooks(self)
         return (told if is_watched else step)(self, *args, **kwargs)
 
     return wrapper
+
+
+def has_hooks(self: Any) -> bool:
+    """Whether anybody is called before or after the steps of an optimizer."""
+    return bool(
+        self._optimizer_step_pre_hooks
+        or self._optimizer_step_post_hooks
+        or optimizer._global_optimizer_pre_hooks
+        or optimizer._global_optimizer_post_hooks
+    )

@@ -22,6 +22,22 @@ def is_sharded(tensor: object) -> bool:
     return dtensor is not None and isinstance(tensor, dtensor)
 
 
+def is_flattened(param: Tensor) -> bool:
+    """Whether a parameter is a piece of one of FullyShardedDataParallel's, which does not say what other ranks hold."""
+    return hasattr(param, "_fsdp_flattened")
+
+
+def check_whole(params: Sequence[Tensor], name_of: Callable[[int], str]) -> None:
+    """Raise for a parameter of which the ranks do not know each other's gradients. Arguments as of `local_grads`."""
+    for index, param in enumerate(params):
+        if is_flattened(param):
+            raise ValueError(
+                f"max_grad_norm and skip_nonfinite are about whole gradients, but {name_of(index)} is what this rank "
+                "holds of a parameter of FullyShardedDataParallel: clip with model.clip_grad_norm_, or use "
+                "torch.distributed.fsdp.fully_shard"
+            )
+
+
 def local(tensor: Tensor) -> Tensor:
     """What this rank holds of a DTensor; any other tensor itself."""
     if not is_sharded(tensor):

@@ -1,8 +1,11 @@
 """torch.amp.GradScaler: with kernels it leaves unscaling and skipping to the step, else it does both itself."""
 
+import functools
+
 import pytest
 import torch
 from torch.nn.utils import clip_grad_norm_
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import fusedopt
 from tests.cases import BF16, FP16, FP32
@@ -52,16 +55,155 @@ def assert_trained_alike(mine, theirs):
         assert scale == expected_scale
 
 
+class StoppedError(Exception):
+    """Raised by a scaler as soon as it is known who unscales."""
+
+
+def is_left_to_the_step(stepped):
+    """Whether GradScaler leaves unscaling and skipping to the step of what it is given."""
+    scaler = new_scaler()
+    scaler.scale(torch.ones((), device=DEVICE))
+    told = []
+    for name in ("unscale_", "_check_inf_per_device"):
+
+        def stop(_, name=name):
+            told.append(name)
+            raise StoppedError
+
+        setattr(scaler, name, stop)
+    with pytest.raises(StoppedError):
+        scaler.step(stepped)
+    return told == ["_check_inf_per_device"]
+
+
 @both_backends
 def test_is_recognised_where_the_kernels_run(backend):
     params = zeros(((3,), FP32), ((2,), FP32))
-    assert fusedopt.Adam(params, backend=backend)._step_supports_amp_scaling == (backend == "triton")
+    assert is_left_to_the_step(fusedopt.Adam(params, backend=backend)) == (backend == "triton")
     groups = [{"params": params[:1]}, {"params": params[1:], "fused": False}]
     optimizer = fusedopt.Adam(groups, backend=backend)
     for _ in range(2):  # before the first step, and after
-        assert not optimizer._step_supports_amp_scaling
+        assert not is_left_to_the_step(optimizer)
         set_grads(params, 0)
         optimizer.step()
+
+
+class Delegating:
+    """A wrapper that is no optimizer, as many frameworks have one."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    def __getattr__(self, name):
+        return getattr(self.optimizer, name)
+
+
+class Clipping(fusedopt.Adam):
+    def step(self, closure=None):
+        clip_grad_norm_(self.param_groups[0]["params"], 0.01)
+        return super().step(closure)
+
+
+class Plain(fusedopt.Adam):
+    """A subclass with nothing of its own around the step."""
+
+
+def class_assigned(params):
+    optimizer = torch.optim.Adam(params)
+    optimizer.__class__ = Clipping
+    optimizer.backend = "triton"
+    return optimizer
+
+
+def decorated(params):
+    optimizer = fusedopt.Adam(params, backend="triton")
+    plain = optimizer.step
+
+    @functools.wraps(plain)
+    def step(*args):
+        clip_grad_norm_(params, 0.01)
+        return plain(*args)
+
+    optimizer.step = step
+    return optimizer
+
+
+def hooked(kind):
+    def make_hooked(params):
+        optimizer = fusedopt.Adam(params, backend="triton")
+        getattr(optimizer, f"register_step_{kind}_hook")(lambda *_: None)
+        return optimizer
+
+    return make_hooked
+
+
+def flattened(params):
+    params[0]._fsdp_flattened = True
+    return fusedopt.Adam(params, backend="triton")
+
+
+OTHERS = {
+    "wrapper": lambda params: Delegating(fusedopt.Adam(params, backend="triton")),
+    "subclass": lambda params: Clipping(params, backend="triton"),
+    "assigned class": class_assigned,
+    "decorated step": decorated,
+    "pre hook": hooked("pre"),
+    "post hook": hooked("post"),
+    "FSDP1": flattened,
+}
+
+
+@pytest.mark.parametrize("make_other", OTHERS.values(), ids=OTHERS)
+def test_is_not_left_to_what_else_looks_at_gradients(make_other):
+    assert not is_left_to_the_step(make_other(zeros(((3,), FP32), ((2,), FP32))))
+
+
+def test_is_not_left_where_all_optimizers_have_a_hook():
+    optimizer = fusedopt.Adam(zeros(((3,), FP32)), backend="triton")
+    hook = register_optimizer_step_pre_hook(lambda *_: None)
+    assert not is_left_to_the_step(optimizer)
+    hook.remove()
+    assert is_left_to_the_step(optimizer)
+
+
+def test_is_left_to_a_step_that_schedulers_watch():
+    optimizer = Plain(zeros(((3,), FP32)), backend="triton")
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    torch.optim.lr_scheduler.StepLR(optimizer, 2)
+    assert "step" in vars(optimizer)
+    assert is_left_to_the_step(optimizer)
+
+
+def test_who_else_asks_is_told_no():
+    """They take a yes for other things, or would not set the attributes."""
+    optimizer = fusedopt.Adam(zeros(((3,), FP32)), backend="triton")
+    assert not optimizer._step_supports_amp_scaling
+    assert not Delegating(optimizer)._step_supports_amp_scaling
+
+
+WRAPPED = {"wrapper": Delegating, "plain": lambda optimizer: optimizer}
+
+
+@both_backends
+@pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED)
+@pytest.mark.parametrize("clips", [False, True])
+def test_trains_as_torch_whatever_is_around(backend, wrap, clips):
+    """Scaled gradients reach nobody: neither a clipping step, nor the step of a wrapper, nor a hook."""
+
+    class ClippingTorch(torch.optim.Adam):
+        def step(self, closure=None):
+            clip_grad_norm_(self.param_groups[0]["params"], 0.01)
+            return super().step(closure)
+
+    mine, theirs = make_model(), make_model()
+    ours = (Clipping if clips else fusedopt.Adam)(mine.parameters(), lr=0.01, backend=backend)
+    twin = (ClippingTorch if clips else torch.optim.Adam)(theirs.parameters(), lr=0.01)
+    seen = {}
+    for optimizer in (ours, twin):
+        norms = seen[optimizer] = []
+        optimizer.register_step_pre_hook(lambda opt, *_, norms=norms: norms.append(float(norm_of(params_of(opt)))))
+    assert_trained_alike(train(mine, wrap(ours), new_scaler()), train(theirs, wrap(twin), new_scaler()))
+    assert seen[ours] == pytest.approx(seen[twin], rel=1e-5)  # hooks are not called in steps that are skipped
 
 
 TRAINED = {
