@@ -42,6 +42,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             differs, so that torch's checkpoints fit.
         scalar_states: names of the states that are one number a parameter (``step``).
         states: names of the states that are one number an element.
+        always: names of those of both that every parameter keeps from its first step on, whatever the options. A state
+            with only some of them is refused.
 
     Args:
         params: parameters, named parameters or param groups, as for any ``torch.optim.Optimizer``.
@@ -108,6 +110,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     optional: ClassVar[dict[str, Any]] = {}
     scalar_states: ClassVar[tuple[str, ...]] = ()
     states: ClassVar[tuple[str, ...]] = ()
+    always: ClassVar[tuple[str, ...]] = ()
 
     backend: str
     _stepper: Stepper
@@ -241,7 +244,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @property
     def skipped_steps(self) -> Tensor:
-        """How many steps were skipped, on GradScaler's word or by `skip_nonfinite`: 0-d, int64, where the step ran.
+        """How many steps skipped themselves, on GradScaler's word or by `skip_nonfinite`: 0-d, int64, where they ran.
 
         With `skip_nonfinite` it is saved, as a key of the first param group.
         """
@@ -256,13 +259,17 @@ class FusedOptimizer(torch.optim.Optimizer):
         FSDP1's ShardedGradScaler does, which it must not leave to the step.
         """
         asker = sys._getframe(1)
-        if self._steps_in_backward and amp.is_scaler(asker):
+        if amp.is_clipper(asker):
+            return False
+        if self._steps_in_backward:
             raise RuntimeError(
                 "GradScaler cannot be used with step_in_backward: when it would unscale or skip, the parameters have "
                 "stepped, by scaled gradients"
             )
+        if not amp.steps_by_itself(asker, self, _PLAIN_STEP):
+            return False
         params = [param for group in self.param_groups for param in group["params"]]
-        if not amp.steps_by_itself(asker, self, _PLAIN_STEP) or any(map(is_flattened, params)):
+        if any(map(is_flattened, params)):
             return False
         return any(map(is_sharded, params)) or self._stepper.all_in_kernels(self)
 

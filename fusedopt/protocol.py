@@ -22,6 +22,7 @@ class OptimizerLike(Protocol):
     optional: ClassVar[dict[str, Any]]
     scalar_states: ClassVar[tuple[str, ...]]
     states: ClassVar[tuple[str, ...]]
+    always: ClassVar[tuple[str, ...]]
 
     backend: str
     defaults: Group

@@ -53,9 +53,10 @@ class Stepper:
             gate = Gate(hyper, told.get("grad_scale"), told.get("found_inf"))
             if gate.may_skip and not self.may_skip:
                 self.may_skip, self.plan = True, None
-            plan, live = self._planned(optimizer, hyper, changed)
-            if gate.reads_gradients and plan.has_pieces:
+            may_have_pieces = self.plan is None or self.plan.has_pieces or not changed <= {"lr"}
+            if gate.reads_gradients and may_have_pieces:
                 check_whole(all_params(optimizer), partial(param_name, optimizer))
+            plan, live = self._planned(optimizer, hyper, changed)
         except Exception:
             self.forget()  # whatever was new to this step is new to the next one too
             raise

@@ -51,6 +51,7 @@ class Adadelta(FusedOptimizer):
     hyperparameters = ("lr", "rho", "eps", "weight_decay", "maximize")
     scalar_states = ("step",)
     states = ("square_avg", "acc_delta")
+    always = ("step", "square_avg", "acc_delta")
 
     def __init__(
         self,

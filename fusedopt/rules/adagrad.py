@@ -59,6 +59,7 @@ class Adagrad(FusedOptimizer):
     optional: ClassVar[dict[str, Any]] = {"eps_in_sqrt": False}
     scalar_states = ("step",)
     states = ("sum",)
+    always = ("step", "sum")
 
     def __init__(
         self,

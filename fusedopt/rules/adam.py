@@ -59,6 +59,7 @@ class Adam(FusedOptimizer):
     options = ("amsgrad", "fused")
     scalar_states = ("step",)
     states = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+    always = ("step", "exp_avg", "exp_avg_sq")
 
     def __init__(
         self,

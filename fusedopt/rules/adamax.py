@@ -50,6 +50,7 @@ class Adamax(FusedOptimizer):
     hyperparameters = ("lr", "betas", "eps", "weight_decay", "maximize")
     scalar_states = ("step",)
     states = ("exp_avg", "exp_inf")
+    always = ("step", "exp_avg", "exp_inf")
 
     def __init__(
         self,

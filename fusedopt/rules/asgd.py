@@ -55,6 +55,7 @@ class ASGD(FusedOptimizer):
     hyperparameters = ("lr", "lambd", "alpha", "t0", "weight_decay", "maximize")
     scalar_states = ("step", "eta", "mu")
     states = ("ax",)
+    always = ("step", "eta", "mu", "ax")
 
     def __init__(
         self,

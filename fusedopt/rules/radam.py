@@ -55,6 +55,7 @@ class RAdam(FusedOptimizer):
     hyperparameters = ("lr", "betas", "eps", "weight_decay", "maximize", "decoupled_weight_decay")
     scalar_states = ("step",)
     states = ("exp_avg", "exp_avg_sq")
+    always = ("step", "exp_avg", "exp_avg_sq")
 
     def __init__(
         self,

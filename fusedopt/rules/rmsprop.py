@@ -62,6 +62,7 @@ class RMSprop(FusedOptimizer):
     optional: ClassVar[dict[str, Any]] = {"eps_in_sqrt": False}
     scalar_states = ("step",)
     states = ("square_avg", "momentum_buffer", "grad_avg")
+    always = ("step", "square_avg")
 
     def __init__(
         self,

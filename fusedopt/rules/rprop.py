@@ -53,6 +53,7 @@ class Rprop(FusedOptimizer):
     hyperparameters = ("lr", "etas", "step_sizes", "maximize")
     scalar_states = ("step",)
     states = ("prev", "step_size")
+    always = ("step", "prev", "step_size")
 
     def __init__(
         self,

@@ -13,22 +13,25 @@ from torch.amp.grad_scaler import GradScaler
 
 from .hooks import has_hooks
 
+# They ask before they clip, and refuse to where the answer is yes, with or without a GradScaler.
+CLIPPERS = ("lightning", "lightning_fabric", "pytorch_lightning")
+SCALER_STEP = GradScaler.step.__code__  # before anybody puts a function around it
 # Who may put a function around a step: these only add hooks, profiling and a flag for schedulers.
 WRAPPERS = ("fusedopt.step.hooks", "torch.optim.optimizer", "torch.optim.lr_scheduler")
 
 
-def is_scaler(asker: FrameType) -> bool:
-    """Whether the function with this frame is GradScaler's `step`. Others ask too, and mean other things by it."""
-    return asker.f_code is GradScaler.step.__code__
+def is_clipper(asker: FrameType) -> bool:
+    """Whether the function with this frame only wants to know whether it may unscale and clip."""
+    return str(asker.f_globals.get("__name__")).partition(".")[0] in CLIPPERS
 
 
 def steps_by_itself(asker: FrameType, optimizer: Any, plain_step: Callable[..., Any]) -> bool:
-    """Whether GradScaler will call the plain step of this very object, and nobody else looks at gradients or steps.
+    """Whether GradScaler asks, will call the plain step of this very object, and nobody else looks at gradients.
 
     A wrapper that hands attributes on would get `grad_scale` and `found_inf` in place of the optimizer. A step of a
     subclass, and hooks, would see scaled gradients, and steps that are skipped.
     """
-    if not is_scaler(asker) or asker.f_locals["optimizer"] is not optimizer:
+    if asker.f_code is not SCALER_STEP or asker.f_locals["optimizer"] is not optimizer:
         return False
     return _is_plain(optimizer.step, plain_step) and not has_hooks(optimizer)
 

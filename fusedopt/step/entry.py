@@ -223,7 +223,7 @@ def settle_states(optimizer: OptimizerLike, entry: Entry, param: Tensor, grad: T
     group = optimizer.param_groups[entry.group]
     state = optimizer.state[param]
     if any(state.get(name) is None for name in entry.names):
-        check_complete(optimizer, group, state, entry.name)
+        check_complete(optimizer, state, entry.name)
         if graphs.is_capturing():
             raise RuntimeError(
                 f"{entry.name} has no states yet, and a graph that creates them would do so at each replay: "

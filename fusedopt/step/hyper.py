@@ -144,7 +144,7 @@ def count_scalars(optimizer: type[OptimizerLike], n_hyper: int) -> int:
 def places_of(value: Any) -> int:
     """How many numbers a hyperparameter holds; 0 for a single one that is not in a sequence."""
     is_sequence = isinstance(value, Sequence) and not isinstance(value, str)
-    return len(value) if is_sequence or (isinstance(value, np.ndarray) and value.ndim == 1) else 0
+    return len(value) if is_sequence or (isinstance(value, np.ndarray) and value.ndim == 1 and len(value) > 1) else 0
 
 
 def tuple_getter(keys: Sequence[Any]) -> Callable[[Any], tuple[Any, ...]]:

@@ -24,7 +24,8 @@ def is_sharded(tensor: object) -> bool:
 
 def is_flattened(param: Tensor) -> bool:
     """Whether a parameter is a piece of one of FullyShardedDataParallel's, which does not say what other ranks hold."""
-    return hasattr(param, "_fsdp_flattened")
+    is_piece = hasattr(param, "_fsdp_flattened") and torch.distributed.is_initialized()
+    return is_piece and torch.distributed.get_world_size() > 1
 
 
 def check_whole(params: Sequence[Tensor], name_of: Callable[[int], str]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..options import is_number
+from ..options import is_number, optional_keys
 from ..protocol import Group, OptimizerLike
 from .averaging import EMA_STEP
 from .dtypes import scalar_dtype
@@ -22,7 +22,7 @@ class Shielded:
         self.tensor = tensor
 
 
-def shield(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+def shield(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
     """A load_state_dict pre-hook: shields the tensors, and keeps the optimizer's own options where a group has none.
 
     Keys that are none of its options, such as a scheduler's ``initial_lr``, are only the checkpoint's to have. Whether
@@ -36,8 +36,9 @@ def shield(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict
     }
     groups = list(state_dict["param_groups"])
     if len(groups) == len(optimizer.param_groups):
+        options = {**optimizer.defaults, **optional_keys(optimizer)}
         groups = [
-            {**_only(own, optimizer.defaults), **loaded, **_only(own, ("fused",))}
+            {**_only(own, options), **_only(loaded, loaded.keys() - {"fused"}), **_only(own, ("fused",))}
             for own, loaded in zip(optimizer.param_groups, groups, strict=True)
         ]
     return {**state_dict, "state": state, "param_groups": groups}

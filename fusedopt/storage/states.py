@@ -43,25 +43,22 @@ def create_states(optimizer: OptimizerLike, param: Tensor, state: dict[str, Any]
         state.setdefault(EMA_STEP, 1.0)  # an average that is there has begun
 
 
-def check_complete(optimizer: OptimizerLike, group: Group, state: dict[str, Any], name: str) -> None:
-    """Raise for a state that has begun, but not with all that this class always keeps: then it is another class's.
+def check_complete(optimizer: OptimizerLike, state: dict[str, Any], name: str) -> None:
+    """Raise for a state that has begun, but lacks what this class always keeps: it is another class's, or half of one.
 
     Args:
         optimizer: the optimizer.
-        group: the param group of the parameter.
-        state: its state.
+        state: the state of one parameter.
         name: what messages call the parameter.
     """
-    there = {key for key, value in state.items() if value is not None and key not in ADDED}
+    there = {key for key, value in state.items() if value is not None}
     names = (*optimizer.scalar_states, *optimizer.states)
-    # Where an option that calls for a state was off before, the state is missing without fault.
-    off = {key: type(value)(0) if isinstance(value, (bool, int, float)) else value for key, value in group.items()}
-    missing = [key for key in names if key not in there and optimizer.uses(key, group) and optimizer.uses(key, off)]
-    if there and missing:
-        foreign = sorted(there.difference(names))
+    missing = [key for key in optimizer.always if key in names and key not in there]
+    if missing and not there.isdisjoint((*optimizer.always, *ADDED)):
+        foreign = sorted(map(repr, there.difference(names, ADDED)))
         raise RuntimeError(
             f"the state of {name} has no {' and no '.join(map(repr, missing))}"
-            + (f", but {', '.join(map(repr, foreign))}" if foreign else "")
+            + (f", but {', '.join(foreign)}" if foreign else "")
             + f": {type(optimizer).__name__} cannot go on from it. Load what this class has saved, or delete the state "
             "of the parameter to begin anew"
         )

@@ -46,8 +46,21 @@ def test_no_norm_of_pieces(backend):
             assert [bits(param) for param in model.parameters()] == before
             del optimizer.param_groups[0][option]
             optimizer.step()
+            fresh = fusedopt.AdamW(model.parameters(), backend=backend, **{option: value})
             with pytest.raises(ValueError, match=r"model\.clip_grad_norm_"):
-                fusedopt.AdamW(model.parameters(), backend=backend, **{option: value}).step()
+                fresh.step()
+            assert not fresh.state
+
+
+@both_backends
+@on_ranks(1)
+def test_one_rank_has_whole_gradients(backend):
+    model = sharded(True)
+    optimizer = fusedopt.AdamW(model.parameters(), lr=0.1, backend=backend, max_grad_norm=1e-3)
+    backward(model)
+    optimizer.step()
+    norm = torch.stack([param.grad.norm() for param in model.parameters()]).norm()
+    torch.testing.assert_close(optimizer.grad_norm.float(), norm)
 
 
 @both_backends

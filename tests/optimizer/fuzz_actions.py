@@ -313,10 +313,15 @@ class Actions:
         self.theirs.state.pop(q, None)
 
     def one_state_gone(self, draw):
-        _, _, name = self.pick_state(draw)
-        self.drop_states(name)
-        if name == "square_avg":
-            self.drop_states("grad_avg")
+        p, _, name = self.pick_state(draw)
+        if name not in self.ours.always:
+            self.drop_states(name)
+        elif p.grad is not None:
+            before, gone = snapshot(self.ours), self.ours.state[p].pop(name)
+            with pytest.raises(RuntimeError, match=f"has no '{name}'"):
+                self.ours.step()
+            self.ours.state[p][name] = gone
+            assert snapshot(self.ours)["params"] == before["params"]
 
     def step_as_others_save_it(self, draw):
         p, _ = self.pick(draw)

@@ -257,6 +257,63 @@ def test_half_a_state_is_refused(lost, options, backend):
         train(mine, range(1))
 
 
+def test_only_the_masters_are_half_a_state_too(backend):
+    params = [param for param in make_params(torch.bfloat16) if param.numel()]
+    mine = make("Adam", params, backend=backend, master_weights=True)
+    train(mine, range(1))
+    for name in ("step", "exp_avg", "exp_avg_sq"):
+        del mine.state[params[0]][name]
+    with pytest.raises(RuntimeError, match="has no 'step' and no 'exp_avg' and no 'exp_avg_sq': Adam cannot"):
+        train(mine, range(1))
+
+
+def test_keys_of_the_users_in_a_state_are_none_of_its_parts(backend):
+    mine, plain = make("Adam", make_params(), backend=backend), make("Adam", make_params(), backend=backend)
+    for param in params_of(mine):
+        mine.state[param].update({"tag": 1, 2: "two"})
+    for optimizer in (mine, plain):
+        train(optimizer, range(2))
+    assert snapshot(mine)["params"] == snapshot(plain)["params"]
+    del mine.state[params_of(mine)[0]]["exp_avg"]
+    with pytest.raises(RuntimeError, match="has no 'exp_avg', but 'tag', 2: Adam"):
+        train(mine, range(1))
+
+
+def test_a_subclass_may_make_a_state_of_the_others(backend):
+    class Slow(fusedopt.Adam):
+        states = (*fusedopt.Adam.states, "slow")
+
+        def init_state(self, param, state, group):
+            begun = "exp_avg" in state
+            super().init_state(param, state, group)
+            state["slow"] = state["exp_avg"].clone() if begun else state["slow"]
+
+        @staticmethod
+        def reference(param, grad, states, scalars):
+            fusedopt.Adam.reference(param, grad, states[:3], scalars)
+
+    saved = make("Adam", make_params(), backend="eager")
+    train(saved, range(1))
+    mine = Slow(make_params(), backend="eager")
+    mine.load_state_dict(saved.state_dict())
+    train(mine, range(1))
+    assert all("slow" in values for values in mine.state.values())
+
+
+def test_a_class_assigned_object_keeps_its_options(backend):
+    mine = make_torch("NAdam", make_params())
+    train(mine, range(1))
+    saved = mine.state_dict()
+    mine.__class__ = fusedopt.NAdam
+    mine.backend = backend
+    mine.param_groups[0].update(max_grad_norm=1e-3, ema_decay=0.5)
+    saved["param_groups"][0]["fused"] = False
+    mine.load_state_dict(saved)
+    group = mine.param_groups[0]
+    assert (group["max_grad_norm"], group["ema_decay"]) == (1e-3, 0.5)
+    assert "fused" not in group
+
+
 STEPS = {
     "int": 3,
     "float": 3.0,

@@ -137,11 +137,6 @@ def hooked(kind):
     return make_hooked
 
 
-def flattened(params):
-    params[0]._fsdp_flattened = True
-    return fusedopt.Adam(params, backend="triton")
-
-
 OTHERS = {
     "wrapper": lambda params: Delegating(fusedopt.Adam(params, backend="triton")),
     "subclass": lambda params: Clipping(params, backend="triton"),
@@ -149,7 +144,6 @@ OTHERS = {
     "decorated step": decorated,
     "pre hook": hooked("pre"),
     "post hook": hooked("post"),
-    "FSDP1": flattened,
 }
 
 
