@@ -38,10 +38,14 @@ def shield(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
     if len(groups) == len(optimizer.param_groups):
         options = {**optimizer.defaults, **optional_keys(optimizer)}
         groups = [
-            {**_only(own, options), **_only(loaded, loaded.keys() - {"fused"}), **_only(own, ("fused",))}
+            {**_only(own, options), **_without_fused(loaded), **_only(own, ("fused",))}
             for own, loaded in zip(optimizer.param_groups, groups, strict=True)
         ]
     return {**state_dict, "state": state, "param_groups": groups}
+
+
+def _without_fused(group: Group) -> Group:
+    return {key: value for key, value in {**group}.items() if key != "fused"}
 
 
 def _only(group: Group, keys: Iterable[str]) -> Group:

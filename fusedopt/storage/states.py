@@ -54,7 +54,7 @@ def check_complete(optimizer: OptimizerLike, state: dict[str, Any], name: str) -
     there = {key for key, value in state.items() if value is not None}
     names = (*optimizer.scalar_states, *optimizer.states)
     missing = [key for key in optimizer.always if key in names and key not in there]
-    if missing and not there.isdisjoint((*optimizer.always, *ADDED)):
+    if missing and not there.isdisjoint(optimizer.always):
         foreign = sorted(map(repr, there.difference(names, ADDED)))
         raise RuntimeError(
             f"the state of {name} has no {' and no '.join(map(repr, missing))}"

@@ -257,16 +257,6 @@ def test_half_a_state_is_refused(lost, options, backend):
         train(mine, range(1))
 
 
-def test_only_the_masters_are_half_a_state_too(backend):
-    params = [param for param in make_params(torch.bfloat16) if param.numel()]
-    mine = make("Adam", params, backend=backend, master_weights=True)
-    train(mine, range(1))
-    for name in ("step", "exp_avg", "exp_avg_sq"):
-        del mine.state[params[0]][name]
-    with pytest.raises(RuntimeError, match="has no 'step' and no 'exp_avg' and no 'exp_avg_sq': Adam cannot"):
-        train(mine, range(1))
-
-
 def test_keys_of_the_users_in_a_state_are_none_of_its_parts(backend):
     mine, plain = make("Adam", make_params(), backend=backend), make("Adam", make_params(), backend=backend)
     for param in params_of(mine):
