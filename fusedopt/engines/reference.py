@@ -12,7 +12,7 @@ from ..protocol import OptimizerLike, Scalars
 from ..step import layout
 from ..step.entry import Entry
 from ..step.gate import Gate
-from ..step.hyper import Hyper, Number, to_float, tuple_getter
+from ..step.hyper import Hyper, Number, tuple_getter
 from ..step.live import Live, Row
 from ..storage import dtypes, rounding
 from ..storage.precision import KAHAN_COMP, MASTER_PARAM, ROUNDING_STEP
@@ -94,7 +94,7 @@ class _Scalars:
     def _of(self, group: int, scalar_states: Scalars) -> tuple[Scalars, Scalars]:
         key = group, scalar_states
         if key not in self._computed:
-            self._computed[key] = self._compute(tuple(map(to_float, self._numbers[group][:-1])), scalar_states)
+            self._computed[key] = self._compute(tuple(map(float, self._numbers[group][:-1])), scalar_states)
         return self._computed[key]
 
 

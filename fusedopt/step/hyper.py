@@ -28,6 +28,7 @@ class Hyper:
         names, optional = optimizer.hyperparameters, optional_keys(optimizer)
         defaults = {**optimizer.defaults, **optional}
         self._defaults = {name: defaults[name] for name in names}
+        self._sequences = {name: places for name, value in self._defaults.items() if (places := places_of(value))}
         self._required = tuple(name for name in (*names, *optimizer.options) if name not in optional)
         self._optional = tuple(optional)
         ends = accumulate(map(count_numbers, zip(self._defaults.values(), strict=True)))
@@ -107,7 +108,7 @@ class Hyper:
             return True
         if value is None and isinstance(self._defaults[name], (bool, type(None))):  # a flag that is not set
             value = False
-        places = places_of(self._defaults[name])
+        places = self._sequences.get(name, 0)
         if places_of(value) != places:
             wanted = f"{places} numbers" if places else "one number"
             raise ValueError(f"{name} of group {index} must be {wanted}, but it is {value!r}")
@@ -143,8 +144,10 @@ def count_scalars(optimizer: type[OptimizerLike], n_hyper: int) -> int:
 
 def places_of(value: Any) -> int:
     """How many numbers a hyperparameter holds; 0 for a single one that is not in a sequence."""
-    is_sequence = isinstance(value, Sequence) and not isinstance(value, str)
-    return len(value) if is_sequence or (isinstance(value, np.ndarray) and value.ndim == 1 and len(value) > 1) else 0
+    if isinstance(value, (float, int, str, Tensor)):  # asked first, since an abstract class is asked slowly
+        return 0
+    is_array = isinstance(value, np.ndarray) and value.ndim == 1 and len(value) > 1
+    return len(value) if is_array or isinstance(value, Sequence) else 0
 
 
 def tuple_getter(keys: Sequence[Any]) -> Callable[[Any], tuple[Any, ...]]:
@@ -155,11 +158,6 @@ def tuple_getter(keys: Sequence[Any]) -> Callable[[Any], tuple[Any, ...]]:
         (key,) = keys
         return lambda items: (items[key],)
     return lambda items: ()
-
-
-def to_float(number: Number) -> float:
-    """The value of a number, which may be a tensor that requires a gradient: no step is traced."""
-    return float(number.detach() if isinstance(number, Tensor) else number)
 
 
 def _immutable(value: Any) -> bool:
@@ -181,4 +179,5 @@ def _number(value: Any, name: str, index: int) -> Number:
         return float(value)
     if value.numel() != 1:
         raise ValueError(f"Tensor {name} of group {index} must be 1-element")
-    return to_float(value) if value.device.type == "cpu" else value
+    value = value.detach() if value.requires_grad else value  # no step is traced
+    return float(value) if value.device.type == "cpu" else value

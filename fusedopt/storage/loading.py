@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..options import is_number, optional_keys
-from ..protocol import Group, OptimizerLike
+from ..protocol import OptimizerLike
 from .averaging import EMA_STEP
 from .dtypes import scalar_dtype
 from .precision import ROUNDING_STEP
@@ -36,20 +35,15 @@ def shield(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
     }
     groups = list(state_dict["param_groups"])
     if len(groups) == len(optimizer.param_groups):
-        options = {**optimizer.defaults, **optional_keys(optimizer)}
+        options = (*optimizer.defaults, *optional_keys(optimizer), "fused")
         groups = [
-            {**_only(own, options), **_without_fused(loaded), **_only(own, ("fused",))}
+            {
+                **{key: own[key] for key in options if key in own},
+                **{key: value for key, value in {**loaded}.items() if key != "fused"},
+            }
             for own, loaded in zip(optimizer.param_groups, groups, strict=True)
         ]
     return {**state_dict, "state": state, "param_groups": groups}
-
-
-def _without_fused(group: Group) -> Group:
-    return {key: value for key, value in {**group}.items() if key != "fused"}
-
-
-def _only(group: Group, keys: Iterable[str]) -> Group:
-    return {key: group[key] for key in keys if key in group}
 
 
 def unshield(key: str, value: Any, device: torch.device | None, optimizer: OptimizerLike) -> Any:
