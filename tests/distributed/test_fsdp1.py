@@ -72,7 +72,9 @@ def test_an_overflow_is_shared(backend):
         mine = fusedopt.AdamW(model.parameters(), lr=0.1, backend=backend)
         theirs = torch.optim.AdamW(twin.parameters(), lr=0.1)
         for net, optimizer in ((model, mine), (twin, theirs)):
-            scaler = ShardedGradScaler(device=rank_device().type, init_scale=4.0)
+            # Its default is the group that there was when torch's module was imported, by an earlier test maybe.
+            group = dist.group.WORLD
+            scaler = ShardedGradScaler(device=rank_device().type, init_scale=4.0, process_group=group)
             for step in range(3):
                 optimizer.zero_grad()
                 backward(net, scaler.scale(torch.ones((), device=rank_device())))
