@@ -28,7 +28,7 @@ from .step.gate import Gate
 from .step.hyper import Hyper, tuple_getter
 from .step.live import Live
 from .step.ranks import Ranks
-from .step.sharding import is_flattened, is_sharded, opened
+from .step.sharding import check_whole, is_sharded, opened
 from .step.watch import Watch, meta
 
 DEBUG = os.environ.get("FUSEDOPT_DEBUG", "0") not in ("", "0")
@@ -45,6 +45,8 @@ class Plan:
         self, optimizer: OptimizerLike, hyper: Hyper, previous: Plan | None, grads: Sequence[Tensor | None]
     ) -> None:
         params = all_params(optimizer)
+        if hyper.reads_gradients:
+            check_whole(params, partial(param_name, optimizer))
         known = previous.grad_metas() if previous is not None else {}
         everything = entries_of(optimizer, grads, known, partial(use_kernels, optimizer.backend))
         self.entries: list[Entry] = []
@@ -79,7 +81,6 @@ class Plan:
         self._pick = tuple_getter(inside) if self._outside else tuple
 
         self.is_sharded = any(map(is_sharded, params))
-        self.has_pieces = any(map(is_flattened, params))
         self._ranks = Ranks(params)
         for entry in self.entries:
             entry.part = self._ranks.part_of[entry.index]
@@ -207,7 +208,7 @@ class Plan:
 
 
 def used_states(optimizer: OptimizerLike) -> list[tuple[Any, ...]]:
-    """For each group: whether it may use the kernels, which states its options call for, how they are stored."""
+    """For each group what a plan depends on: the use of kernels and of gradients, which states, how they are stored."""
     names = (*optimizer.scalar_states, *optimizer.states)
     return [
         (
@@ -215,6 +216,7 @@ def used_states(optimizer: OptimizerLike) -> list[tuple[Any, ...]]:
             *(optimizer.uses(name, group) for name in names),
             *(option(group, name) for name in PRECISION),
             option(group, "ema_decay") is not None,
+            option(group, "max_grad_norm") is not None or bool(option(group, "skip_nonfinite")),
         )
         for group in optimizer.param_groups
     ]

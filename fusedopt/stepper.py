@@ -17,7 +17,7 @@ from .step.entry import param_name
 from .step.gate import Gate, settled_counter
 from .step.hyper import Hyper
 from .step.live import Live
-from .step.sharding import check_whole, local_grads
+from .step.sharding import local_grads
 from .storage.averaging import check_not_swapped
 
 
@@ -53,9 +53,6 @@ class Stepper:
             gate = Gate(hyper, told.get("grad_scale"), told.get("found_inf"))
             if gate.may_skip and not self.may_skip:
                 self.may_skip, self.plan = True, None
-            may_have_pieces = self.plan is None or self.plan.has_pieces or not changed <= {"lr"}
-            if gate.reads_gradients and may_have_pieces:
-                check_whole(all_params(optimizer), partial(param_name, optimizer))
             plan, live = self._planned(optimizer, hyper, changed)
         except Exception:
             self.forget()  # whatever was new to this step is new to the next one too

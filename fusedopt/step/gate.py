@@ -34,6 +34,7 @@ class Gate:
         self.found_inf = found_inf
         self.max_grad_norm = None if hyper.max_grad_norm is None else float(hyper.max_grad_norm)
         self.skip_nonfinite = hyper.skip_nonfinite
+        self.reads_gradients = hyper.reads_gradients  # to decide
         self.skipped_steps: Tensor | None = None  # counts, on the device of the first of those who decide
         self.ranks: Ranks | None = None  # of the mesh on which parameters are sharded
         self.partials: list[Tensor] = []  # float64 [n, 2]: sums of squares, and 0 where all was finite
@@ -46,11 +47,6 @@ class Gate:
     def may_skip(self) -> bool:
         """Whether the step may be skipped."""
         return self.found_inf is not None or self.skip_nonfinite
-
-    @property
-    def reads_gradients(self) -> bool:
-        """Whether it takes the gradients to decide."""
-        return self.max_grad_norm is not None or self.skip_nonfinite
 
     @property
     def is_open(self) -> bool:

@@ -50,6 +50,11 @@ class Hyper:
         """How many numbers of a row are the class's."""
         return count_numbers(self._defaults.values())
 
+    @property
+    def reads_gradients(self) -> bool:
+        """Whether a step takes the gradients of all parameters to decide."""
+        return self.max_grad_norm is not None or self.skip_nonfinite
+
     def refresh(self, groups: Sequence[Group]) -> set[str]:
         """Read the groups again; the keys whose values may have changed since the last call."""
         keys, sizes = list(chain.from_iterable(groups)), list(map(len, groups))
