@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from .options import DEFAULTS
+from .options import DEFAULTS, KEYS
 from .protocol import OptimizerLike
 from .step.hyper import count_numbers, count_scalars
 from .storage.states import ADDED
@@ -35,7 +35,7 @@ def check_declaration(optimizer: type[OptimizerLike], base: type[OptimizerLike],
     for key in (*optimizer.hyperparameters, *optimizer.options):
         if key not in defaults:
             raise TypeError(f"{name} declares {key!r}, but its defaults have no such key")
-    for key in DEFAULTS:
+    for key in (*DEFAULTS, *KEYS.values(), "backend"):
         if key in defaults:
             raise TypeError(f"{name} has a default for {key!r}, which is an option of every FusedOptimizer")
     for state in (*optimizer.scalar_states, *optimizer.states):

@@ -14,7 +14,7 @@ from torch.optim.optimizer import ParamsT
 
 from .declaration import check_declaration
 from .engines.choice import BACKENDS, triton_is_installed, why_no_kernels
-from .options import check_group, optional_keys
+from .options import check_group, required_keys, settle_options
 from .protocol import Group, Scalars, States
 from .step import amp
 from .step.hooks import hooked_step
@@ -72,9 +72,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             (1 - \delta) \theta`, which begins with the weights after the first step and goes on whenever its parameter
             steps. `swap_ema` evaluates with it. None keeps no average.
 
-    All but `backend` are keys of the param groups. `max_grad_norm` and `skip_nonfinite` are the same in all groups, the
-    others may differ. A group has them where they differ from their defaults, and the seed of stochastic rounding;
-    where a loaded one has none, this optimizer's stay.
+    For one group alone, or later, set an option by its key in the param group, which is its name after ``fusedopt_``:
+    ``{"params": params, "fusedopt_ema_decay": 0.9}``. Keys without that prefix are yours, whatever they are called. All
+    but `backend` have such a key; `max_grad_norm` and `skip_nonfinite` are the same in all groups. A group has the
+    options that differ from their defaults, and the seed of stochastic rounding; where a loaded one has none, this
+    optimizer's stay.
 
     ``torch.amp.GradScaler`` leaves unscaling and skipping to the step where the kernels run for all parameters, and no
     hook, no wrapper and no `step` of a subclass would see scaled gradients: by its attributes `grad_scale`, which the
@@ -165,6 +167,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             "max_grad_norm": max_grad_norm,
             "skip_nonfinite": skip_nonfinite,
             "ema_decay": ema_decay,
+            "backend": backend,  # for `type(optimizer)(params, **optimizer.defaults)`
         }
         super().__init__(params, {**defaults, **common})
         precision.check_effect(self)
@@ -288,13 +291,10 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a param group, as ``torch.optim.Optimizer.add_param_group``."""
+        own = set(param_group) if isinstance(param_group, dict) else set()
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        for key, default in optional_keys(self).items():
-            saved = key == "seed" and precision.is_stochastic(group)  # a resumed run needs it
-            if key in group and group[key] == default and not saved:
-                del group[key]
         try:
+            settle_options(self, self.param_groups[-1], own)
             self._check_group(len(self.param_groups) - 1)
         except Exception:
             self.param_groups.pop()
@@ -347,8 +347,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         self._stepper.forget()
         for group in self.param_groups:
-            for key in self.defaults.keys() - optional_keys(self):
-                group.setdefault(key, self.defaults[key])
+            for key, default in required_keys(self).items():
+                group.setdefault(key, default)
 
     def __repr__(self) -> str:
         kernels = sum(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..options import is_number, optional_keys
+from ..options import is_number, optional_keys, required_keys
 from ..protocol import OptimizerLike
 from .averaging import EMA_STEP
 from .dtypes import scalar_dtype
@@ -35,7 +35,7 @@ def shield(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
     }
     groups = list(state_dict["param_groups"])
     if len(groups) == len(optimizer.param_groups):
-        options = (*optimizer.defaults, *optional_keys(optimizer), "fused")
+        options = {**required_keys(optimizer), **optional_keys(optimizer), "fused": None}
         groups = [
             {
                 **{key: own[key] for key in options if key in own},

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..options import option
+from ..options import PREFIX, option
 from ..protocol import Group, OptimizerLike
 from .averaging import EMA, EMA_STEP, new_ema
 from .precision import (
@@ -21,7 +21,7 @@ from .precision import (
 )
 
 ADDED = (ROUNDING_STEP, MASTER_PARAM, KAHAN_COMP, EMA_STEP, EMA)  # what options add to the states of every class
-SKIPPED_STEPS = "skipped_steps"  # a key of the first param group, which torch.distributed.checkpoint saves
+SKIPPED_STEPS = PREFIX + "skipped_steps"  # a key of the first param group, which torch.distributed.checkpoint saves
 
 
 def create_states(optimizer: OptimizerLike, param: Tensor, state: dict[str, Any], group: Group) -> None:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fusedopt
+from fusedopt.options import KEYS
 from fusedopt.storage.averaging import EMA, EMA_STEP
 from fusedopt.storage.precision import KAHAN_COMP, MASTER_PARAM, ROUNDING_STEP, kept_state, state_dtype
 from fusedopt.storage.states import ADDED
@@ -159,7 +160,8 @@ class Twins(Actions):
 
     def check_average(self, p, before, tolerance, what):
         """It has moved towards the parameter, or begun with it."""
-        decay = next(group for group, _ in self.groups if any(p is param for param in group["params"])).get("ema_decay")
+        group = next(group for group, _ in self.groups if any(p is param for param in group["params"]))
+        decay = group.get(KEYS["ema_decay"])
         if decay is not None:
             value = self.value_of(p)
             true = value if before is None else before + (1 - decay) * (value - before)
