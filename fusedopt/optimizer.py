@@ -23,7 +23,7 @@ from .stepper import Stepper
 from .storage import precision
 from .storage.averaging import check_not_swapped, swapped
 from .storage.loading import shield, unshield
-from .storage.states import SKIPPED_STEPS
+from .storage.states import ADDED, SKIPPED_STEPS, without_unbegun
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -44,6 +44,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         states: names of the states that are one number an element.
         always: names of those of both that every parameter keeps from its first step on, whatever the options. A state
             with only some of them is refused.
+        begun: by the name of a scalar state, that of the state of which it tells whether it has begun: it is 0 in the
+            step that creates it. Such a number lies in no `state`, and is not saved.
 
     Args:
         params: parameters, named parameters or param groups, as for any ``torch.optim.Optimizer``.
@@ -94,8 +96,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     State:
         Beside those of the class, ``master_param`` (fp32) or ``kahan_comp`` (of the parameter's dtype) for 16-bit
         parameters; ``rounding_step`` (0-d), which counts the steps of stochastic rounding; ``ema`` (of the parameter's
-        dtype, fp32 for 16-bit ones, from the master weights or the compensated ones where they are kept) and
-        ``ema_step`` (0-d), which counts its updates.
+        dtype, fp32 for 16-bit ones, from the master weights or the compensated ones where they are kept).
 
     Raises:
         TypeError: the class does not declare what is asked for above, or its parts disagree; `seed` is no int;
@@ -113,6 +114,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     scalar_states: ClassVar[tuple[str, ...]] = ()
     states: ClassVar[tuple[str, ...]] = ()
     always: ClassVar[tuple[str, ...]] = ()
+    begun: ClassVar[dict[str, str]] = {}
 
     backend: str
     _stepper: Stepper
@@ -330,9 +332,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._stepper.skipped_steps = 0  # unless a loaded group has it
 
     def state_dict(self) -> dict[str, Any]:
-        """The state as ``torch.optim.Optimizer.state_dict`` returns it."""
+        """The state as ``torch.optim.Optimizer.state_dict`` returns it, without states of which no step was taken."""
         check_not_swapped(self, "state_dict")
-        return super().state_dict()
+        if not self._stepper.may_skip:
+            return super().state_dict()
+        hook = self.register_state_dict_post_hook(without_unbegun, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
 
     def __getstate__(self) -> dict[str, Any]:
         check_not_swapped(self, "a copy")
@@ -346,6 +354,13 @@ class FusedOptimizer(torch.optim.Optimizer):
                 loaded[owner] = {key: unshield(key, value, device, self) for key, value in values.items()}
         super().__setstate__(state)
         self._stepper.forget()
+        if "_stepper" not in state:
+            self._stepper.begun = {}
+        for values in self.state.values():
+            # torch.distributed.checkpoint asks for every key of `state`, and gives {} for what state_dict() left out.
+            for name in (*self.states, *ADDED) if isinstance(values, dict) else ():
+                if values.get(name) == {}:
+                    del values[name]
         for group in self.param_groups:
             for key, default in required_keys(self).items():
                 group.setdefault(key, default)

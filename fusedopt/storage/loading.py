@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ..options import is_number, optional_keys, required_keys
 from ..protocol import OptimizerLike
-from .averaging import EMA_STEP
 from .dtypes import scalar_dtype
 from .precision import ROUNDING_STEP
 
@@ -48,7 +47,7 @@ def shield(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
 
 def unshield(key: str, value: Any, device: torch.device | None, optimizer: OptimizerLike) -> Any:
     """What becomes of a loaded state: a copy, beside its parameter; numbers become tensors."""
-    scalar_states = (*optimizer.scalar_states, ROUNDING_STEP, EMA_STEP)
+    scalar_states = (*optimizer.scalar_states, ROUNDING_STEP)
     if not isinstance(value, Shielded):
         number = key in scalar_states and is_number(value)
         return torch.tensor(float(value), dtype=scalar_dtype(), device="cpu") if number else value

@@ -105,7 +105,7 @@ def test_stays_where_its_parameter_does(backend):
     set_grads(params, 0)
     params[1].grad.fill_(float("inf"))
     optimizer.step()
-    assert [float(optimizer.state[param]["ema_step"]) for param in params] == [0, 0, 0]
+    assert not any("ema" in state for state in optimizer.state_dict()["state"].values()), "no average has begun"
     train(optimizer, [1])
     train(optimizer, [2])
     before = everything(optimizer)
@@ -117,7 +117,6 @@ def test_stays_where_its_parameter_does(backend):
     optimizer.step()
     first, *others = (optimizer.state[param] for param in params)
     assert bits(first["ema"]) == before[1][0]["ema"]
-    assert [float(state["ema_step"]) for state in (first, *others)] == [2, 3, 3]
     assert all(bits(state["ema"]) != old["ema"] for state, old in zip(others, before[1][1:], strict=True))
 
 
