@@ -95,7 +95,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     State:
         Beside those of the class, ``master_param`` (fp32) or ``kahan_comp`` (of the parameter's dtype) for 16-bit
-        parameters; ``rounding_step`` (0-d), which counts the steps of stochastic rounding; ``ema`` (of the parameter's
+        parameters; ``ema`` (of the parameter's
         dtype, fp32 for 16-bit ones, from the master weights or the compensated ones where they are kept).
 
     Raises:

@@ -30,6 +30,7 @@ from .step.live import Live, Row
 from .step.ranks import Ranks
 from .step.sharding import check_whole, is_sharded, opened
 from .step.watch import Watch, meta
+from .storage.precision import is_stochastic
 
 DEBUG = os.environ.get("FUSEDOPT_DEBUG", "0") not in ("", "0")
 
@@ -69,6 +70,7 @@ class Plan:
             settle_states(optimizer, entry, params[entry.index], grads[entry.index], begun)
 
         self.uses = used_states(optimizer)
+        self.rounds_at_random = any(map(is_stochastic, optimizer.param_groups))
         self._backend = optimizer.backend
         self._param_ids = list(map(id, params))
         self._group_sizes = [len(group["params"]) for group in optimizer.param_groups]

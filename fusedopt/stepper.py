@@ -19,6 +19,7 @@ from .step.hyper import Hyper
 from .step.live import Live
 from .step.sharding import local_grads
 from .storage.averaging import check_not_swapped
+from .storage.states import ROUNDING_STEP, SKIPPED_STEPS
 
 
 class Stepper:
@@ -43,12 +44,13 @@ class Stepper:
     def step(self, optimizer: OptimizerLike) -> None:
         """Update every parameter that has a gradient."""
         check_not_swapped(optimizer, "step")
+        groups = optimizer.param_groups
         hyper = self._hyper = self._hyper or Hyper(optimizer)
         capturing = graphs.is_capturing()
         if capturing:
             self._check_capture(optimizer)
         try:
-            changed = hyper.refresh(optimizer.param_groups)
+            changed = hyper.refresh(groups)
             # GradScaler sets them before the step, `grad_scale` to None after `unscale_`, and deletes them afterwards.
             told = vars(optimizer)
             gate = Gate(hyper, told.get("grad_scale"), told.get("found_inf"))
@@ -63,8 +65,11 @@ class Stepper:
             self.plan = None
             self._captured.append(plan)
         if gate.may_skip:
-            counter = settled_counter(optimizer.param_groups[0], self.skipped_steps, plan.device)
+            saved = gate.skip_nonfinite  # GradScaler's user has asked for nothing
+            counter = settled_counter(groups[0], SKIPPED_STEPS, self.skipped_steps, plan.device, saved)
             self.skipped_steps = gate.skipped_steps = counter
+        if plan.rounds_at_random:
+            gate.rounding_step = settled_counter(groups[0], ROUNDING_STEP, 0, plan.device, True)
         plan.run(optimizer, live, hyper, gate)
         self.grad_norm = gate.grad_norm
 

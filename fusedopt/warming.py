@@ -55,7 +55,7 @@ def warmup(optimizer: FusedOptimizer) -> None:
 def _signatures(optimizer: FusedOptimizer) -> dict[torch.device, dict[Signature, Item]]:
     """For each device, what distinguishes kernels, each with an item of one element that is nowhere: it is not read."""
     found: dict[torch.device, dict[Signature, Item]] = {}
-    nowhere = (0,) * (3 + len(optimizer.states)), (0,) * (2 + len(optimizer.scalar_states))
+    nowhere = (0,) * (3 + len(optimizer.states)), (0,) * (1 + len(optimizer.scalar_states))
     params = [param for group in optimizer.param_groups for param in group["params"]]
     grads = local_grads(params, partial(param_name, optimizer))
     entries = entries_of(optimizer, grads, {}, partial(use_kernels, optimizer.backend))

@@ -49,26 +49,35 @@ def _rule_name(function) -> str:
 
 @triton.jit(
     repr=lambda specialization: f"fusedopt_prepare_{_rule_name(specialization.constants['SCALARS'])}",
-    do_not_specialize=["n_tensors", "n_partials"],
+    do_not_specialize=["n_tensors", "n_partials", "rounding_advance"],
     # The user's tensors, which may lie anywhere.
-    do_not_specialize_on_alignment=["grad_scale_ptr", "found_inf_ptr", "grad_norm_ptr", "skipped_steps_ptr"],
+    do_not_specialize_on_alignment=[
+        "grad_scale_ptr",
+        "found_inf_ptr",
+        "grad_norm_ptr",
+        "skipped_steps_ptr",
+        "rounding_step_ptr",
+    ],
 )
 def prepare(
     groups_ptr,  # int64 [n_tensors]: the param group of each tensor
     grads_ptr,  # int64 [n_tensors]: address of the gradient, 0 = none in this step
-    scalar_states_ptr,  # int64 [n_tensors, N_SCALAR_STATES + 2]: addresses of 0-d states, +1 for fp32, 0 = absent
+    scalar_states_ptr,  # int64 [n_tensors, N_SCALAR_STATES + 1]: addresses of 0-d states, +1 for fp32, 0 = absent
     hyper_ptr,  # float64 [groups, N_HYPER + 1]: the rule's, then ema_decay
     hyper_tensors_ptr,  # int64 [groups, N_HYPER + 1]: address of a device tensor, +1 for fp32, 0 = take hyper_ptr's
     limits_ptr,  # float64 [2]: max_grad_norm (negative = none), skip_nonfinite
     grad_scale_ptr,  # fp32: what the gradients are divided by
     found_inf_ptr,  # fp32: not 0 = skip this step
     partials_ptr,  # float64 [n_partials, 2]: written by sum_squares
-    scalars_ptr,  # float64 [n_tensors, N_SCALARS + 2]: written
-    control_ptr,  # float64 [2]: written: what the gradients are multiplied by, whether the step is skipped
+    scalars_ptr,  # float64 [n_tensors, N_SCALARS + 1]: written
+    control_ptr,  # float64 [3]: written: what the gradients are multiplied by, whether the step is skipped, how many
+    # steps have been rounded at random, this one included
     grad_norm_ptr,  # float64: written
     skipped_steps_ptr,  # int64: advanced
+    rounding_step_ptr,  # int64: advanced
     n_tensors: tl.int64,
     n_partials: tl.int64,
+    rounding_advance: tl.int64,  # 0 where another launch has advanced it
     SCALARS: tl.constexpr,
     N_HYPER: tl.constexpr,
     N_SCALAR_STATES: tl.constexpr,
@@ -78,8 +87,8 @@ def prepare(
 ):
     """Advance the per-tensor states and compute each tensor's scalars, one tensor a lane, in float64.
 
-    The rule's states and scalars are followed by two of every tensor's own: how often it has been rounded at random,
-    and how often its average has been updated, from which follows the weight of the next update.
+    The rule's states are followed by how often a tensor's average has been updated, the rule's scalars by the weight of
+    the next update, which follows from that.
     """
     factor, skip, grad_norm = decide(limits_ptr, grad_scale_ptr, found_inf_ptr, partials_ptr, n_partials, BLOCK_SIZE)
     if tl.program_id(0) == 0:
@@ -87,6 +96,9 @@ def prepare(
         tl.store(control_ptr + 1, skip.to(tl.float64))
         tl.store(grad_norm_ptr, grad_norm)
         tl.store(skipped_steps_ptr, tl.load(skipped_steps_ptr) + skip.to(tl.int64))
+        rounding_step = tl.load(rounding_step_ptr) + tl.where(skip, 0, rounding_advance)
+        tl.store(rounding_step_ptr, rounding_step)
+        tl.store(control_ptr + 2, rounding_step.to(tl.float64))
 
     tensors = tl.program_id(0).to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
     mask = tensors < n_tensors
@@ -108,14 +120,12 @@ def prepare(
     addresses = ()
     scalar_states = ()
     ones = tl.full([BLOCK_SIZE], 1.0, tl.float64)
-    scalar_states_ptr += tensors * (N_SCALAR_STATES + 2)
+    scalar_states_ptr += tensors * (N_SCALAR_STATES + 1)
     for i in tl.static_range(N_SCALAR_STATES):
         address = tl.load(scalar_states_ptr + i, mask=mask, other=0)
         addresses += (address,)
         scalar_states += (load_number(address, ones),)
-    rounding_step_address = tl.load(scalar_states_ptr + N_SCALAR_STATES, mask=mask, other=0)
-    rounding_step = load_number(rounding_step_address, ones) + 1
-    ema_step_address = tl.load(scalar_states_ptr + N_SCALAR_STATES + 1, mask=mask, other=0)
+    ema_step_address = tl.load(scalar_states_ptr + N_SCALAR_STATES, mask=mask, other=0)
     ema_step = load_number(ema_step_address, ones)
     ema_weight = tl.where(ema_step == 0, 1.0, 1 - ema_decay)
 
@@ -125,13 +135,11 @@ def prepare(
 
     for i in tl.static_range(N_SCALAR_STATES):
         store_number(addresses[i], scalar_states[i])
-    store_number(rounding_step_address, rounding_step)
     store_number(ema_step_address, ema_step + 1)
-    scalars_ptr += tensors * (N_SCALARS + 2)
+    scalars_ptr += tensors * (N_SCALARS + 1)
     for i in tl.static_range(N_SCALARS):
         tl.store(scalars_ptr + i, scalars[i] + tl.zeros_like(hyper[0]), mask=mask)
-    tl.store(scalars_ptr + N_SCALARS, rounding_step, mask=mask)
-    tl.store(scalars_ptr + N_SCALARS + 1, ema_weight, mask=mask)
+    tl.store(scalars_ptr + N_SCALARS, ema_weight, mask=mask)
 
 
 @triton.jit
@@ -221,8 +229,8 @@ def update(
     rows_ptr,  # int64 [rows, 7 + len(STATES)]: numel, tensor, seed, place of the first element in the whole tensor;
     # addresses of parameter, states, KEPT, EMA, 0 = none
     grads_ptr,  # int64 [n_tensors]: address of the gradient, 0 = none in this step
-    scalars_ptr,  # float64 [n_tensors, N_SCALARS + 2]: written by prepare
-    control_ptr,  # float64 [2]: written by prepare
+    scalars_ptr,  # float64 [n_tensors, N_SCALARS + 1]: written by prepare
+    control_ptr,  # float64 [3]: written by prepare
     chunks_ptr,  # int32 [programs, 2]: row, index of the chunk in its tensor
     first_tensor: tl.int64,  # the tensor of row 0
     UPDATE: tl.constexpr,
@@ -264,8 +272,8 @@ def update(
         ema_address = tl.load(row_ptr + 6 + len(STATES))
         addresses |= ema_address
     grad_factor = tl.load(control_ptr).to(COMPUTE)
-    scalars_ptr += tensor * (N_SCALARS + 2)
-    ema_weight = tl.load(scalars_ptr + N_SCALARS + 1).to(COMPUTE)
+    scalars_ptr += tensor * (N_SCALARS + 1)
+    ema_weight = tl.load(scalars_ptr + N_SCALARS).to(COMPUTE)
     scalars = ()
     for i in tl.static_range(N_SCALARS):
         scalars += (tl.load(scalars_ptr + i).to(COMPUTE),)
@@ -274,7 +282,7 @@ def update(
     shift = 0
     if STOCHASTIC:
         tl.static_assert(BLOCK_SIZE % 32 == 0, "a quarter of a block must hold whole groups of eight elements")
-        step = tl.load(scalars_ptr + N_SCALARS).to(tl.int32)
+        step = tl.load(control_ptr + 2).to(tl.int32)
         place = tl.load(row_ptr + 3) + first
         shift = (place % 8).to(tl.int32)
         draw = (tl.load(row_ptr + 2), tl.load(row_ptr + 1).to(tl.int32), step, (place >> 3).to(tl.int32))

@@ -130,7 +130,7 @@ class Prepare(Kernel):
     of: Update
     hyper_tensors: bool
 
-    integers = ("n_tensors", "n_partials")
+    integers = ("n_tensors", "n_partials", "rounding_advance")
 
     @property
     def id(self) -> str:

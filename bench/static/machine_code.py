@@ -36,6 +36,7 @@ TABLES = {
     "control_ptr": torch.float64,
     "grad_norm_ptr": torch.float64,
     "skipped_steps_ptr": torch.int64,
+    "rounding_step_ptr": torch.int64,
     "rows_ptr": torch.int64,
     "chunks_ptr": torch.int32,
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from ..step.gate import Gate
 from ..step.hyper import Hyper, Number, tuple_getter
 from ..step.live import Live, Row
 from ..storage import dtypes, rounding
-from ..storage.precision import KAHAN_COMP, MASTER_PARAM, ROUNDING_STEP
+from ..storage.precision import KAHAN_COMP, MASTER_PARAM
 
 
 class ReferenceStep:
@@ -46,6 +46,7 @@ class ReferenceStep:
         computed = self._scalars
         reference = optimizer.reference
         no_states = (None,) * len(optimizer.states)
+        rounding_step = _rounding_step(gate) if live.present else 0
         group = -1
         scalars: Scalars = ()
         # A sixth less for every operation than under no_grad, and nothing made here is kept. This is what
@@ -64,7 +65,7 @@ class ReferenceStep:
                     states = entry.pick_states(row) if entry.state_names else no_states
                     reference(param, grad if factor == 1 else grad * factor, states, scalars)
                 else:
-                    weights = _widened(optimizer, entry, param, (grad, factor), row, scalars)
+                    weights = _widened(optimizer, entry, param, (grad, factor), row, scalars, rounding_step)
                 if entry.averaged:
                     _average(entry, row, weights, float(hyper.rows[entry.group][-1]))
 
@@ -105,11 +106,13 @@ def _widened(
     scaled_grad: tuple[Tensor, float],
     row: Row,
     scalars: Scalars,
+    rounding_step: int,
 ) -> Tensor:
     """Convert what is stored in another dtype to that of the arithmetic, and round once when it is stored again.
 
     Args:
         scaled_grad: the gradient, and what it is multiplied by.
+        rounding_step: how many steps have been rounded at random, this one included.
 
     Returns:
         The new weights, with what rounding the parameter loses if that is kept.
@@ -132,7 +135,7 @@ def _widened(
     elif entry.kept == KAHAN_COMP:
         _narrow(kept, work - rounding.nearest(work, stored_dtype))
 
-    round_ = _Rounding(entry, param, named)
+    round_ = _Rounding(entry, param, rounding_step)
     _narrow(param, work if entry.kept else round_(work, stored_dtype, 0))
     for stream, (state, value) in enumerate(zip(stored, states, strict=True), start=1):
         if state is not None:
@@ -150,14 +153,19 @@ def _average(entry: Entry, row: Row, weights: Tensor, decay: float) -> None:
     ema_step.fill_(steps + 1)
 
 
+def _rounding_step(gate: Gate) -> int:
+    """How many steps have been rounded at random, this one included."""
+    counter, advance = gate.take_rounding_step()
+    return 0 if counter is None else int(counter.add_(advance))
+
+
 class _Rounding:
     """Rounds the values of one parameter and step at random, if its group asks for that."""
 
-    def __init__(self, entry: Entry, param: Tensor, named: Mapping[str, Tensor]) -> None:
-        self._seed, self._tensor, self._first = entry.seed, entry.tensor, entry.first
+    def __init__(self, entry: Entry, param: Tensor, step: int) -> None:
+        self._seed, self._tensor, self._first, self._step = entry.seed, entry.tensor, entry.first, step
         if entry.seed is None:
             return
-        self._step = int(named[ROUNDING_STEP].add_(1))
         # The random numbers follow the elements in the order in which they lie.
         self._stride = layout.dense_stride(param)
         if param.is_complex():

@@ -42,7 +42,7 @@ class Item:
     tensor: int  # the place of the parameter among all of the optimizer's, for stochastic rounding
     seed: int  # as a signed number
     addresses: tuple[int, ...]  # parameter, states, what keeps the parameter's lost part, the average; 0 = absent
-    scalar_addresses: tuple[int, ...]  # of `number_address`; the last two count the roundings and the averagings
+    scalar_addresses: tuple[int, ...]  # of `number_address`; the last one counts the averagings
     part: int = 0  # of `Ranks`
     first: int = 0  # the place of the first element in the whole parameter, for stochastic rounding
 
@@ -89,8 +89,8 @@ class Tables:
             for signature, first, rows, chunks in zip(members, firsts, tables[::2], tables[1::2], strict=False)
             if len(chunks)
         ]
-        self._scalars = torch.empty(len(ordered) * (n_scalars + 2), dtype=torch.float64, device=device)
-        self._control = torch.empty(2, dtype=torch.float64, device=device)
+        self._scalars = torch.empty(len(ordered) * (n_scalars + 1), dtype=torch.float64, device=device)
+        self._control = torch.empty(3, dtype=torch.float64, device=device)
         # In place of what a step has not.
         self._one = torch.ones((), dtype=torch.float32, device=device)
         self._zero = torch.zeros((), dtype=torch.float32, device=device)
@@ -145,6 +145,9 @@ class Tables:
         if gate.partials and gate.grad_norm is None:
             gate.grad_norm = grad_norm
         skipped_steps = gate.take_counter()
+        rounding_step, advance = gate.take_rounding_step()
+        if rounding_step is not None:
+            rounding_step = rounding_step.to(self.device, non_blocking=True)
         gate.decided = True
         found_inf = _on(self.device, gate.found_inf, self._zero)
         grad_scale = _on(self.device, gate.grad_scale, self._one)
@@ -165,8 +168,10 @@ class Tables:
                 self._control,
                 grad_norm,
                 self._uncounted if skipped_steps is None else skipped_steps,
+                self._uncounted if rounding_step is None else rounding_step,
                 n_tensors,
                 len(partials) if gate.partials else 0,
+                advance,
                 SCALARS=self._scalars_rule,
                 N_HYPER=self._n_hyper,
                 N_SCALAR_STATES=self._n_scalar_states,
@@ -191,7 +196,7 @@ class Tables:
                     **self._options,
                 )
         self._uploads.keep_for_graph(
-            self._hyper_tensors, grads, partials, grad_norm, skipped_steps, found_inf, grad_scale
+            self._hyper_tensors, grads, partials, grad_norm, skipped_steps, rounding_step, found_inf, grad_scale
         )
 
     def _read_hyper(self, hyper: Hyper) -> None:

@@ -15,7 +15,6 @@ from ..options import is_number, option
 from ..protocol import Begun, Group, OptimizerLike
 from ..storage import dtypes, precision
 from ..storage.averaging import EMA, EMA_STEP, ema_dtype
-from ..storage.precision import ROUNDING_STEP
 from ..storage.states import check_complete, create_states, settle_begun
 from . import graphs, layout, sharding
 from .hyper import tuple_getter
@@ -33,7 +32,7 @@ class Entry:
     name: str
     kernels: bool
     begun_names: tuple[str, ...]  # the first of `scalar_names`: those that lie in no state
-    scalar_names: tuple[str, ...]  # the class's, and those of averaging and stochastic rounding
+    scalar_names: tuple[str, ...]  # the class's, and that of averaging
     state_names: tuple[str, ...]  # the class's, then `kept` and the average
     kept: str | None  # the state that holds what rounding the parameter loses
     averaged: bool
@@ -120,8 +119,6 @@ def entries_of(
         scalar_slots = tuple(
             scalar_names.index(name) if name in scalar_names else -1 for name in optimizer.scalar_states
         )
-        if seed is not None:
-            scalar_names += (ROUNDING_STEP,)
         state_names = tuple(name for name in optimizer.states if optimizer.uses(name, group))
         pick_states = _state_picker(optimizer.states, state_names, len(scalar_names))
         for position, param in enumerate(group["params"]):

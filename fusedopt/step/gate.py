@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..options import option
+from ..options import PREFIX
 from ..protocol import Group
-from ..storage.states import SKIPPED_STEPS
 from . import graphs
 from .hyper import Hyper
 from .ranks import Ranks
@@ -36,6 +35,8 @@ class Gate:
         self.skip_nonfinite = hyper.skip_nonfinite
         self.reads_gradients = hyper.reads_gradients  # to decide
         self.skipped_steps: Tensor | None = None  # counts, on the device of the first of those who decide
+        self.rounding_step: Tensor | None = None  # counts the steps of stochastic rounding, if any group asks for it
+        self._rounds = True
         self.ranks: Ranks | None = None  # of the mesh on which parameters are sharded
         self.partials: list[Tensor] = []  # float64 [n, 2]: sums of squares, and 0 where all was finite
         self._of_shards: list[tuple[int, Tensor]] = []  # the same, with the part that `ranks` are to add up
@@ -106,6 +107,11 @@ class Gate:
         counter, self.skipped_steps = self.skipped_steps, None
         return counter
 
+    def take_rounding_step(self) -> tuple[Tensor | None, int]:
+        """The counter of stochastic rounding, and what is to be added to it: 1 for the first who asks."""
+        advance, self._rounds = int(self._rounds), False
+        return self.rounding_step, advance
+
     @torch.no_grad()
     def decide(self) -> tuple[bool, float]:
         """(whether the step is skipped, what the gradients are multiplied by), on the host, which waits for them."""
@@ -126,25 +132,24 @@ class Gate:
         return skip, factor
 
 
-def settled_counter(group: Group, counter: Tensor | int, device: torch.device) -> Tensor:
-    """The counter of skipped steps as a 0-d int64 tensor on this device.
-
-    It is saved with `skip_nonfinite` only: a group that has the key asks every checkpoint for it, and GradScaler's
-    user has asked for nothing.
+def settled_counter(group: Group, key: str, counter: Tensor | int, device: torch.device, saved: bool) -> Tensor:
+    """What counts steps as a 0-d int64 tensor on this device.
 
     Args:
         group: the first param group, which gets it where it is saved.
+        key: by which it is saved.
         counter: what has counted so far, if the group has none.
         device: where the step is decided.
+        saved: whether it is. A group that has the key asks every checkpoint for it.
     """
-    current: Any = group.get(SKIPPED_STEPS, counter)
+    current: Any = group.get(key, counter)
     settled = isinstance(current, Tensor) and (current.shape, current.dtype) == ((), torch.int64)
     if not settled or current.device != device:
         if graphs.is_capturing():
-            raise RuntimeError("nothing counts skipped steps yet: make a step before the capture")
+            raise RuntimeError(f"nothing counts {key.removeprefix(PREFIX)} yet: make a step before the capture")
         current = torch.full((), int(current), dtype=torch.int64, device=device)
-    if SKIPPED_STEPS in group or option(group, "skip_nonfinite"):
-        group[SKIPPED_STEPS] = current
+    if saved or key in group:
+        group[key] = current
     return current
 
 

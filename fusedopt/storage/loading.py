@@ -10,7 +10,6 @@ from torch import Tensor
 from ..options import is_number, optional_keys, required_keys
 from ..protocol import OptimizerLike
 from .dtypes import scalar_dtype
-from .precision import ROUNDING_STEP
 
 
 class Shielded:
@@ -47,10 +46,9 @@ def shield(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
 
 def unshield(key: str, value: Any, device: torch.device | None, optimizer: OptimizerLike) -> Any:
     """What becomes of a loaded state: a copy, beside its parameter; numbers become tensors."""
-    scalar_states = (*optimizer.scalar_states, ROUNDING_STEP)
     if not isinstance(value, Shielded):
-        number = key in scalar_states and is_number(value)
+        number = key in optimizer.scalar_states and is_number(value)
         return torch.tensor(float(value), dtype=scalar_dtype(), device="cpu") if number else value
-    if key in scalar_states or device is None:
+    if key in optimizer.scalar_states or device is None:
         return value.tensor.clone()  # the step brings it where its backend reads it
     return value.tensor.to(device, copy=True)

@@ -9,7 +9,6 @@ from ..options import option
 from ..protocol import Group, OptimizerLike
 from .dtypes import real_dtype
 
-ROUNDING_STEP = "rounding_step"  # how often a tensor has been rounded at random: the counter of its random numbers
 MASTER_PARAM, KAHAN_COMP = "master_param", "kahan_comp"
 
 

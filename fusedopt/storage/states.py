@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..options import PREFIX, option
@@ -14,15 +13,15 @@ from .averaging import EMA, EMA_STEP, new_ema
 from .precision import (
     KAHAN_COMP,
     MASTER_PARAM,
-    ROUNDING_STEP,
-    is_stochastic,
     kept_state,
     new_kept_state,
     state_dtype,
 )
 
-ADDED = (ROUNDING_STEP, MASTER_PARAM, KAHAN_COMP, EMA)  # what options add to the states of every class
-SKIPPED_STEPS = PREFIX + "skipped_steps"  # a key of the first param group, which torch.distributed.checkpoint saves
+ADDED = (MASTER_PARAM, KAHAN_COMP, EMA)  # what options add to the states of every class
+# Keys of the first param group, which torch.distributed.checkpoint saves; no state, whatever becomes of parameters.
+SKIPPED_STEPS = PREFIX + "skipped_steps"
+ROUNDING_STEP = PREFIX + "rounding_step"  # how many steps have been rounded at random: counts the random numbers
 
 
 def create_states(optimizer: OptimizerLike, param: Tensor, state: dict[str, Any], group: Group) -> None:
@@ -35,8 +34,6 @@ def create_states(optimizer: OptimizerLike, param: Tensor, state: dict[str, Any]
     kept = kept_state(param, group)
     if kept is not None and state.get(kept) is None:
         state[kept] = new_kept_state(kept, param)
-    if is_stochastic(group):
-        state.setdefault(ROUNDING_STEP, torch.tensor(0.0, dtype=torch.float64, device="cpu"))  # beyond 2^24
     if option(group, "ema_decay") is not None and state.get(EMA) is None:
         state[EMA] = new_ema(param)
 

@@ -18,7 +18,7 @@ from torch import nn
 import fusedopt
 from fusedopt.options import KEYS
 from fusedopt.storage.averaging import EMA, EMA_STEP
-from fusedopt.storage.precision import KAHAN_COMP, MASTER_PARAM, ROUNDING_STEP, kept_state, state_dtype
+from fusedopt.storage.precision import KAHAN_COMP, MASTER_PARAM, kept_state, state_dtype
 from fusedopt.storage.states import ADDED
 from tests import oracle, rounding_oracle
 from tests.cases import CASES, MODES
@@ -31,7 +31,7 @@ SHAPES = [(3, 3), (3, 3), (4, 3), (2, 3, 2, 2), (17,), (), (1, 5), (0, 2)]
 DTYPES = [torch.float64, torch.float64, torch.float32, torch.complex128]
 # Of the largest element. fp64 decides; the twin of 16 bits is fp32, which leaves a few roundings.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-EXACT = {"step", ROUNDING_STEP}
+EXACT = {"step"}
 
 EXAMPLES = int(os.environ.get("FUSEDOPT_FUZZ_EXAMPLES", "0"))  # of each case; 0 = always the same few
 
@@ -85,7 +85,7 @@ class Twins(Actions):
     def pick_state(self, draw):
         """A parameter and the name of one of its states; None where there is none yet."""
         p, q = self.pick(draw)
-        names = sorted(self.ours.state.get(p, {}).keys() - {*self.ours.scalar_states, ROUNDING_STEP, EMA_STEP})
+        names = sorted(self.ours.state.get(p, {}).keys() - {*self.ours.scalar_states})
         return p, q, draw(st.sampled_from(names)) if names else None
 
     def follow_dtype(self, p, q):

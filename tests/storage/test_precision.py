@@ -27,7 +27,7 @@ COMBINATIONS = [(case, mode) for case, mode in product(DISTINCT, MODES) if not m
 IDS = [f"{case.id}-{mode.id}" for case, mode in COMBINATIONS]
 both_backends = pytest.mark.parametrize("backend", BACKENDS)
 SEED = 7
-STATE_OF = {"master_weights": "master_param", "kahan": "kahan_comp", "rounding": "rounding_step"}
+STATE_OF = {"master_weights": "master_param", "kahan": "kahan_comp"}
 
 
 def assert_between(actual: torch.Tensor, expected: Bounded, random: Array, what: str) -> None:
@@ -71,7 +71,6 @@ def check_step(case: Case, mode: Mode, optimizer: fusedopt.FusedOptimizer, param
             assert state[name].dtype == mode.options.get("state_dtype", param.dtype), where
         extra = {STATE_OF[option] for option in mode.options.keys() & STATE_OF}
         assert state.keys() - SCALAR_STATES == states.keys() | extra, where
-        assert state.get("rounding_step", step) == step, where
 
 
 def check_kept(param: torch.Tensor, state: dict[str, Any], value: Bounded, where: str) -> None:

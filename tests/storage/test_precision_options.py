@@ -57,7 +57,6 @@ def test_a_users_own_rule(readme_class, mode, backend):  # noqa: F811
     extra = {
         "master_param" if "master_weights" in mode.options else "",
         "kahan_comp" if "kahan" in mode.options else "",
-        "rounding_step" if "rounding" in mode.options else "",
     } - {""}
     for param, twin in zip(params, wide_params, strict=True):
         assert optimizer.state[param].keys() == wide.state[twin].keys() | extra
@@ -132,8 +131,8 @@ def test_options_switched_on_and_off_between_steps(backend):
         state = optimizer.state[optimizer.param_groups[0]["params"][0]]
         assert ("master_param" in state) == (step >= 1)
         assert ("kahan_comp" in state) == (step >= 2)
-        assert ("rounding_step" in state) == (step >= 3)
-    assert state["rounding_step"] == 2
+        assert ("fusedopt_rounding_step" in optimizer.param_groups[0]) == (step >= 3)
+    assert optimizer.param_groups[0]["fusedopt_rounding_step"] == 2
 
 
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks")

@@ -187,7 +187,6 @@ def test_groups_have_their_own_seeds_and_a_new_one_is_noticed(backend):
     optimizer.step()
     first = decisions(params[0])
     assert not decisions(params[1]).any(), "halfway, the even number is the nearest"
-    assert "rounding_step" not in optimizer.state.get(params[1], {})
 
     alone = between_two()
     stochastic_sgd([alone], backend, seed=3).step()
@@ -195,23 +194,24 @@ def test_groups_have_their_own_seeds_and_a_new_one_is_noticed(backend):
     for optimizer_of, param in ((optimizer, params[0]), (stochastic_sgd([alone], backend, seed=4), alone)):
         param.data.fill_(1)
         optimizer_of.param_groups[0]["fusedopt_seed"] = 4
-        optimizer_of.state[param]["rounding_step"] = 0
+        optimizer_of.param_groups[0]["fusedopt_rounding_step"] = 0
         optimizer_of.step()
     assert torch.equal(decisions(alone), decisions(params[0]))
     assert_independent(first, decisions(alone))
 
 
-def test_rounding_step_counts_the_steps_of_its_parameter(backend):
+def test_rounding_step_counts_the_steps_of_the_optimizer(backend):
+    """Whichever parameters have gradients, if any has. It is no state, for programs that cut states could not cut it."""
     params = [between_two(), between_two()]
     optimizer = stochastic_sgd(params, backend)
     optimizer.step()
     params[1].grad = None
     optimizer.step()
-    counts = [optimizer.state_dict()["state"][i]["rounding_step"] for i in range(2)]
-    assert [(count.item(), count.shape, count.dtype) for count in counts] == [
-        (2, (), torch.float64),
-        (1, (), torch.float64),
-    ]
+    params[0].grad = None
+    optimizer.step()
+    count = optimizer.state_dict()["param_groups"][0]["fusedopt_rounding_step"]
+    assert (count.item(), count.shape, count.dtype) == (2, (), torch.int64)
+    assert not optimizer.state
 
 
 def test_loaded_states_keep_their_dtype(backend):
@@ -265,7 +265,7 @@ def test_what_does_not_round_counts_alike(backend):
     wide.grad = torch.ones_like(wide)
     for _ in range(3):
         optimizer.step()
-    assert optimizer.state[wide]["rounding_step"] == 3
+    assert optimizer.param_groups[0]["fusedopt_rounding_step"] == 3
 
 
 def test_a_checkpoint_without_the_options_leaves_them_on(backend):
