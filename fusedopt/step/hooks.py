@@ -40,7 +40,7 @@ def has_post_hooks(self: Any) -> bool:
 def call_post_hooks(self: Any) -> None:
     """Call them as torch does after a step."""
     for hook in (*self._optimizer_step_post_hooks.values(), *optimizer._global_optimizer_post_hooks.values()):
-        hook(self, (), {})
+        hook(self, (self,), {})
 
 
 def _has_stepped(self: Any) -> bool:
