@@ -38,6 +38,8 @@ class StepInBackward:
     Attributes:
         optimizer: the whole one: its groups are for schedulers, its states for checkpoints. Its `step` and `zero_grad`
             find no gradient to work on, so that they may stay in a training loop.
+
+    Neither this nor the hooks of the model can be copied: a copy of the model does not step in backward.
     """
 
     def __init__(self, model: torch.nn.Module, optimizer: FusedOptimizer) -> None:
@@ -51,9 +53,9 @@ class StepInBackward:
     def refresh(self) -> None:
         """Step in ``backward`` the parameters that the optimizer has now, and no others.
 
-        That happens by itself before ``forward`` of the model, at the first gradient of each ``backward``, and in
-        `add_param_group`. It is only to be called where all parameters have been replaced by hand, or swapped by
-        ``torch.utils.swap_tensors``, and the model is compiled or its ``forward`` is not called.
+        This happens by itself in `add_param_group`, before the model is called, and at the first gradient of each
+        ``backward``. Call it after you have replaced all parameters of the optimizer, or swapped them by
+        ``torch.utils.swap_tensors``, if the model is compiled, or only its parts are called.
         """
         self._adopt()
         for part in self._parts.values():
@@ -155,8 +157,10 @@ def step_in_backward(
 
     Each parameter has launches of its own (one `prepare`, one `update`), which cost the host more than a step of all
     together; and each ``backward`` is a step, so that gradients cannot be accumulated over several. A tied parameter
-    steps once, when all of its uses have added to its gradient; a parameter that gets no gradient, or does not require
-    one now, is left alone. For one device, or a module that ``torch.distributed.fsdp.fully_shard`` shards.
+    steps once, when all of its uses have added to its gradient; a parameter that gets no gradient is left alone. What
+    is unfrozen later steps from then on, and so does what is added to the optimizer or replaced in it. Step post-hooks
+    are called once for each ``backward``, when it has ended. For one device, or a module that
+    ``torch.distributed.fsdp.fully_shard`` shards.
 
     Args:
         model: the module.
@@ -165,10 +169,13 @@ def step_in_backward(
     Raises:
         TypeError: the factory makes no optimizer of this package.
         ValueError: the optimizer has `max_grad_norm` or `skip_nonfinite`, which need all gradients before the first
-            step; a parameter is listed twice; the model is or has a DistributedDataParallel, or a
-            FullyShardedDataParallel, which add the gradients of ranks when it is too late.
-        RuntimeError: in ``backward``, what ``step`` would raise; in ``GradScaler.step``, which would come too late to
-            unscale and to skip.
+            step; a parameter is listed twice, or steps in backward already; the model is or has a
+            DistributedDataParallel, or a FullyShardedDataParallel, which add the gradients of ranks when it is too
+            late.
+        RuntimeError: in ``backward``, what ``step`` would raise; where a step pre-hook expects all gradients; within
+            another ``backward``, as of ``checkpoint(use_reentrant=True)``, where a gradient may be only a part; under
+            compiled autograd, which does not say when it has ended, for a step post-hook. In ``GradScaler.step``, which
+            would come too late to unscale and to skip.
     """
     for module in model.modules():
         if isinstance(module, _wrappers()):
@@ -197,13 +204,14 @@ class _Part:
             raise ValueError(_TWICE.format("a parameter"))
         self.param = param
         self._steps = steps
-        self._origin = (-1, -1, -1)
+        self._origin = (0, 0, 0)
+        self._stepper = Stepper(steps.optimizer._stepper.may_skip)
 
     def place(self, origin: tuple[int, int, int]) -> None:
         """Tell group, position and index of the parameter in the whole."""
         if origin != self._origin:
             self._origin = origin
-            self._stepper = Stepper(self._steps.optimizer._stepper.may_skip)
+            self._stepper.forget()
 
     def register(self) -> None:
         requires_grad = self.param.requires_grad
@@ -228,7 +236,7 @@ class _Part:
         whole = self._steps.optimizer
         group_index, position, _ = self._origin
         group = whole.param_groups[group_index]
-        names = {"param_names": [group["param_names"][position]]} if "param_names" in group else {}
+        names = {"param_names": group["param_names"][position : position + 1]} if "param_names" in group else {}
         part = object.__new__(type(whole))
         part.__dict__ = {**whole.__dict__, "_stepper": self._stepper, "_origin": self._origin}
         part.param_groups = [{**group, **names, "params": [param]}]
@@ -260,7 +268,7 @@ class _BeforeForward:
         self._steps = steps
 
     def __call__(self, module: torch.nn.Module, args: Any) -> None:
-        if self._steps is not None and not torch.compiler.is_compiling():
+        if self._steps is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._steps.refresh()
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -11,7 +11,10 @@ from torch.optim import Optimizer, optimizer
 
 
 def hooked_step(step: Callable[..., Any]) -> Callable[..., Any]:
-    """A step as torch wraps it. Without hooks and profilers it is called at once: torch takes 8 µs to tell nobody."""
+    """A step as torch wraps it. Without hooks and profilers it is called at once: torch takes 8 µs to tell nobody.
+
+    Hooks are not called for a step that has been taken in backward.
+    """
     told = Optimizer.profile_hook_step(step)
 
     @wraps(step)
@@ -44,7 +47,7 @@ def call_post_hooks(self: Any) -> None:
 
 
 def _has_stepped(self: Any) -> bool:
-    """Whether backward has taken the step, and called the hooks."""
+    """Whether backward has taken the step and called the hooks, so that nothing is left to do."""
     return bool(self._steps_in_backward) and not any(
         param.grad is not None for group in self.param_groups for param in group["params"]
     )

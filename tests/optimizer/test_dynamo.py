@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch._dynamo import compiled_autograd
 from torch._dynamo.testing import CompileCounter
+from torch.utils.checkpoint import checkpoint
 
 import fusedopt
 from tests.conftest import DEVICE
@@ -255,6 +256,13 @@ def test_what_compiled_autograd_cannot_do_is_refused():
     hook = steps.optimizer.register_step_post_hook(print)
     refused(RuntimeError, "post-hook cannot be called.*compiled autograd")
     hook.remove()
+    checkpointed = checkpoint(model, batch(0).requires_grad_(), use_reentrant=True)
+    with (
+        compiled_autograd._enable(torch.compile(backend="eager")),
+        pytest.raises(RuntimeError, match="another one has"),
+    ):
+        checkpointed.sum().backward()
+    model.zero_grad()
     bias = model[2].bias
     steps.optimizer.param_groups[0]["params"][3] = torch.nn.Parameter(bias.detach().clone())
     loss = torch.nn.Sequential(*model)(batch(0)).sum()  # calls no hook of the model
