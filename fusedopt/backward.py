@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -44,6 +45,7 @@ class StepInBackward:
 
     def __init__(self, model: torch.nn.Module, optimizer: FusedOptimizer) -> None:
         self.optimizer = optimizer
+        self._hook = _Hook(self)
         self._parts: dict[int, _Part] = {}  # by the id of the parameter
         self._backward: int | None = None  # torch's number of the one that is running
         self._adopt()
@@ -64,7 +66,7 @@ class StepInBackward:
     def remove(self) -> None:
         """Leave steps to the optimizer's `step` again."""
         for part in self._parts.values():
-            part.hook.remove()
+            part.handle.remove()
         self._parts = {}
         self._forward_hook.remove()
         self.optimizer._steps_in_backward = None
@@ -83,16 +85,24 @@ class StepInBackward:
             if part is None:
                 if not _may_have_gradients(param):
                     continue
-                part = _Part(self, param)
+                part = _Part(param, Stepper(self.optimizer._stepper.may_skip))
                 new.append(part)
             part.place((group, position, index))
             parts[id(param)] = part
         for part in new:
-            part.register()
+            part.register(self._hook)
         for key in self._parts.keys() - parts.keys():
-            self._parts[key].hook.remove()
+            self._parts[key].handle.remove()
         self._parts = parts
         return new
+
+    def _step(self, param: Tensor) -> None:
+        part = self._parts.get(id(param))  # None for a tensor that a parameter was swapped with
+        if part is None or param.grad is None:
+            return
+        self._begin()
+        if self._parts.get(id(param)) is part:  # still one of the optimizer's
+            part.step(self.optimizer)
 
     def _begin(self) -> None:
         """Before the first step of each backward: everything that forbids it."""
@@ -134,7 +144,7 @@ class StepInBackward:
 
     def _end(self, backward: int, new: list[_Part]) -> None:
         for part in new:  # gradients that were there before the hook
-            part.step(part.param)
+            self._step(part.param)
         if backward == self._backward:  # else called already: queued by two threads
             self._backward = None
             call_post_hooks(self.optimizer)
@@ -194,18 +204,19 @@ def step_in_backward(
 
 
 class _Part:
-    """A hook: an optimizer of one parameter, with the options, states and random numbers that it has in the whole."""
+    """An optimizer of one parameter, with the options, states and random numbers that it has in the whole."""
 
-    hook: RemovableHandle
+    handle: RemovableHandle
 
-    def __init__(self, steps: StepInBackward, param: Tensor) -> None:
-        hooks = getattr(param, "_post_accumulate_grad_hooks", None) or {}
-        if any(isinstance(hook, _Part) for hook in hooks.values()):
-            raise ValueError(_TWICE.format("a parameter"))
+    def __init__(self, param: Tensor, stepper: Stepper) -> None:
+        hooks = param._post_accumulate_grad_hooks or {}
+        for key in [key for key, hook in hooks.items() if isinstance(hook, _Hook)]:
+            if hooks[key].steps() is not None:
+                raise ValueError(_TWICE.format("a parameter"))
+            del hooks[key]
         self.param = param
-        self._steps = steps
         self._origin = (0, 0, 0)
-        self._stepper = Stepper(steps.optimizer._stepper.may_skip)
+        self._stepper = stepper
 
     def place(self, origin: tuple[int, int, int]) -> None:
         """Tell group, position and index of the parameter in the whole."""
@@ -213,27 +224,19 @@ class _Part:
             self._origin = origin
             self._stepper.forget()
 
-    def register(self) -> None:
+    def register(self, hook: _Hook) -> None:
         requires_grad = self.param.requires_grad
         self.param.requires_grad_(True)  # torch takes no hook otherwise, and keeps it when the parameter is frozen
-        self.hook = self.param.register_post_accumulate_grad_hook(self)
+        self.handle = self.param.register_post_accumulate_grad_hook(hook)
         self.param.requires_grad_(requires_grad)
 
     def attach(self) -> None:
         """Register anew all that is registered: `swap_tensors` leaves hooks with the other tensor."""
         self.param._post_accumulate_grad_hooks = self.param._post_accumulate_grad_hooks
 
-    def __call__(self, param: Tensor) -> None:
-        _untraced_step(self, param) if torch.compiler.is_compiling() else self.step(param)
-
-    def step(self, param: Tensor) -> None:
+    def step(self, whole: FusedOptimizer) -> None:
         """Step the parameter and free its gradient."""
-        if param is not self.param or param.grad is None:
-            return
-        self._steps._begin()
-        if self._steps._parts.get(id(param)) is not self:
-            return  # no longer one of the optimizer's
-        whole = self._steps.optimizer
+        param = self.param
         group_index, position, _ = self._origin
         group = whole.param_groups[group_index]
         names = {"param_names": group["param_names"][position : position + 1]} if "param_names" in group else {}
@@ -250,9 +253,32 @@ class _Part:
         param.grad = None
 
 
+class _Hook:
+    """What torch calls for each parameter.
+
+    It holds nothing that holds a parameter: Python cannot collect a cycle through torch's hooks.
+    """
+
+    def __init__(self, steps: StepInBackward) -> None:
+        self.steps = weakref.ref(steps)
+
+    def __call__(self, param: Tensor) -> None:
+        _untraced_step(self, param) if torch.compiler.is_compiling() else _step(self, param)
+
+
+def _step(hook: _Hook, param: Tensor) -> None:
+    steps = hook.steps()
+    if steps is None:
+        raise RuntimeError(
+            "the model and the optimizer of step_in_backward are gone, but a parameter is not: keep what "
+            "step_in_backward returned, or call its remove()"
+        )
+    steps._step(param)
+
+
 @torch._disable_dynamo  # as in optimizer.py
-def _untraced_step(part: _Part, param: Tensor) -> None:
-    part.step(param)
+def _untraced_step(hook: _Hook, param: Tensor) -> None:
+    _step(hook, param)
 
 
 _untraced_step._torchdynamo_disable = True  # type: ignore[attr-defined]  # dynamo asks for the message only then

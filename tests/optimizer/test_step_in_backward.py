@@ -334,6 +334,26 @@ def test_one_parameter_steps_once():
         layer(torch.ones(4, device=DEVICE))
 
 
+def test_a_model_and_its_optimizer_are_freed():
+    layer = nn.Linear(4, 4).to(DEVICE)
+    parts = nn.ModuleList([layer])
+    steps = fusedopt.step_in_backward(parts, lambda params: fusedopt.AdamW(params, lr=0.1))
+    layer(torch.ones(4, device=DEVICE)).sum().backward()
+    optimizer = weakref.ref(steps.optimizer)
+    del steps
+    gc.collect()
+    layer(torch.ones(4, device=DEVICE)).sum().backward()  # as long as there is the model
+    assert layer.weight.grad is None
+    del parts
+    gc.collect()
+    assert optimizer() is None
+    with pytest.raises(RuntimeError, match=r"are gone.*keep what step_in_backward returned"):
+        layer(torch.ones(4, device=DEVICE)).sum().backward()
+    fusedopt.step_in_backward(layer, lambda params: fusedopt.AdamW(params, lr=0.1))
+    layer(torch.ones(4, device=DEVICE)).sum().backward()
+    assert layer.weight.grad is None
+
+
 def test_copies_do_not_step():
     layer = nn.Linear(4, 4).to(DEVICE)
     steps = fusedopt.step_in_backward(layer, lambda params: fusedopt.SGD(params, lr=0.1))
