@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from functools import partial
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Variable
+from torch.autograd.function import BackwardCFunction
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
 
 from .optimizer import FusedOptimizer
 from .options import option
 from .protocol import Group
+from .step.hooks import call_post_hooks, has_post_hooks, has_pre_hooks
 from .stepper import Stepper
 from .storage.averaging import check_not_swapped
 
+_BACKWARD = torch.autograd.backward.__code__
+_NODE = BackwardCFunction.apply.__code__  # of a Function that is written in Python
+_TWICE = "{} steps in backward already: before you call step_in_backward again, remove() what it returned then"
 _TOO_LATE = {
     "max_grad_norm": "the norm of all gradients is known when backward has ended, and then the parameters have stepped",
     "skip_nonfinite": "when the last gradient is known to be finite, the other parameters have stepped",
@@ -29,22 +39,115 @@ class StepInBackward:
     Attributes:
         optimizer: the whole one: its groups are for schedulers, its states for checkpoints. Its `step` and `zero_grad`
             find no gradient to work on, so that they may stay in a training loop.
+
+    Neither this nor the hooks of the model can be copied: a copy of the model does not step in backward.
     """
 
-    def __init__(self, optimizer: FusedOptimizer) -> None:
+    def __init__(self, model: torch.nn.Module, optimizer: FusedOptimizer) -> None:
         self.optimizer = optimizer
-        self._hooks = [
-            param.register_post_accumulate_grad_hook(_Part(optimizer, group, position, index))
-            for index, (group, position, param) in enumerate(_placed(optimizer))
-            if param.requires_grad
-        ]
-        optimizer._steps_in_backward = True
+        self._hook = _Hook(self)
+        self._parts: dict[int, _Part] = {}  # by the id of the parameter
+        self._backward: int | None = None  # torch's number of the one that is running
+        self._adopt()
+        self._forward_hook = model.register_forward_pre_hook(_BeforeForward(self))
+        optimizer._steps_in_backward = self
+
+    def refresh(self) -> None:
+        """Step in ``backward`` the parameters that the optimizer has now, and no others.
+
+        This happens by itself in `add_param_group`, before the model is called, and at the first gradient of each
+        ``backward``. Call it after you have replaced all parameters of the optimizer, or swapped them by
+        ``torch.utils.swap_tensors``, if the model is compiled, or only its parts are called.
+        """
+        self._adopt()
+        for part in self._parts.values():
+            part.attach()
 
     def remove(self) -> None:
         """Leave steps to the optimizer's `step` again."""
-        for hook in self._hooks:
-            hook.remove()
-        self.optimizer._steps_in_backward = False
+        for part in self._parts.values():
+            part.handle.remove()
+        self._parts = {}
+        self._forward_hook.remove()
+        self.optimizer._steps_in_backward = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise TypeError("StepInBackward cannot be copied or saved: call step_in_backward for the copy of the model")
+
+    def _adopt(self) -> list[_Part]:
+        """Register hooks for new parameters, remove those of others. Returns the new ones."""
+        placed = list(_placed(self.optimizer))
+        if len({id(param) for _, _, param in placed}) < len(placed):
+            raise ValueError("step_in_backward cannot step a parameter that is listed twice")
+        parts, new = {}, []
+        for index, (group, position, param) in enumerate(placed):
+            part = self._parts.get(id(param))
+            if part is None:
+                if not _may_have_gradients(param):
+                    continue
+                part = _Part(param, Stepper(self.optimizer._stepper.may_skip))
+                new.append(part)
+            part.place((group, position, index))
+            parts[id(param)] = part
+        for part in new:
+            part.register(self._hook)
+        for key in self._parts.keys() - parts.keys():
+            self._parts[key].handle.remove()
+        self._parts = parts
+        return new
+
+    def _step(self, param: Tensor) -> None:
+        part = self._parts.get(id(param))  # None for a tensor that a parameter was swapped with
+        if part is None or param.grad is None:
+            return
+        self._begin()
+        if self._parts.get(id(param)) is part:  # still one of the optimizer's
+            part.step(self.optimizer)
+
+    def _begin(self) -> None:
+        """Before the first step of each backward: everything that forbids it."""
+        backward = torch._C._current_graph_task_id()
+        if backward == self._backward:
+            return
+        if _is_nested(sys._getframe()):
+            raise RuntimeError(
+                "step_in_backward cannot step in a backward that another one has called, as checkpoint(use_reentrant="
+                "True) does: the gradient may be only a part. Use checkpoint(use_reentrant=False), or an ordinary step"
+            )
+        optimizer = self.optimizer
+        new = self._adopt()
+        check_not_swapped(optimizer, "backward")
+        for group in optimizer.param_groups:
+            _check_options(group)
+        if has_pre_hooks(optimizer):
+            raise RuntimeError(
+                "a step pre-hook cannot be called with step_in_backward: before the first step there is only one "
+                "gradient. Use Tensor.register_hook for each parameter, or an ordinary step"
+            )
+        if _in_compiled_autograd():  # which never calls back
+            self._check_nothing_waits_for_the_end(new)
+        else:
+            Variable._execution_engine.queue_callback(partial(self._end, backward, new))
+        self._backward = backward
+
+    def _check_nothing_waits_for_the_end(self, new: list[_Part]) -> None:
+        if has_post_hooks(self.optimizer):
+            raise RuntimeError(
+                "a step post-hook cannot be called with step_in_backward under compiled autograd, which does not say "
+                "when backward has ended: do without one of them, or use an ordinary step"
+            )
+        if new:
+            raise RuntimeError(
+                "the optimizer has other parameters than before this backward, and compiled autograd calls no hook "
+                "for them: call refresh() of what step_in_backward returned after each such change"
+            )
+
+    def _end(self, backward: int, new: list[_Part]) -> None:
+        for part in new:  # gradients that were there before the hook
+            self._step(part.param)
+        if backward == self._backward:  # else called already: queued by two threads
+            self._backward = None
+            call_post_hooks(self.optimizer)
 
 
 def step_in_backward(
@@ -64,8 +167,10 @@ def step_in_backward(
 
     Each parameter has launches of its own (one `prepare`, one `update`), which cost the host more than a step of all
     together; and each ``backward`` is a step, so that gradients cannot be accumulated over several. A tied parameter
-    steps once, when all of its uses have added to its gradient; a parameter that gets no gradient, or does not require
-    one now, is left alone. For one device, or a module that ``torch.distributed.fsdp.fully_shard`` shards.
+    steps once, when all of its uses have added to its gradient; a parameter that gets no gradient is left alone. What
+    is unfrozen later steps from then on, and so does what is added to the optimizer or replaced in it. Step post-hooks
+    are called once for each ``backward``, when it has ended. For one device, or a module that
+    ``torch.distributed.fsdp.fully_shard`` shards.
 
     Args:
         model: the module.
@@ -74,10 +179,13 @@ def step_in_backward(
     Raises:
         TypeError: the factory makes no optimizer of this package.
         ValueError: the optimizer has `max_grad_norm` or `skip_nonfinite`, which need all gradients before the first
-            step; a parameter is listed twice; the model is or has a DistributedDataParallel, or a
-            FullyShardedDataParallel, which add the gradients of ranks when it is too late.
-        RuntimeError: in ``backward``, what ``step`` would raise; in ``GradScaler.step``, which would come too late to
-            unscale and to skip.
+            step; a parameter is listed twice, or steps in backward already; the model is or has a
+            DistributedDataParallel, or a FullyShardedDataParallel, which add the gradients of ranks when it is too
+            late.
+        RuntimeError: in ``backward``, what ``step`` would raise; where a step pre-hook expects all gradients; within
+            another ``backward``, as of ``checkpoint(use_reentrant=True)``, where a gradient may be only a part; under
+            compiled autograd, which does not say when it has ended, for a step post-hook. In ``GradScaler.step``, which
+            would come too late to unscale and to skip.
     """
     for module in model.modules():
         if isinstance(module, _wrappers()):
@@ -88,47 +196,139 @@ def step_in_backward(
     optimizer = optimizer_factory(list(model.parameters()))
     if not isinstance(optimizer, FusedOptimizer):
         raise TypeError(f"optimizer_factory must make an optimizer of fusedopt, but it made {optimizer!r}")
-    params = [param for _, _, param in _placed(optimizer)]
-    if len(set(params)) < len(params):
-        raise ValueError("step_in_backward cannot step a parameter that is listed twice")
+    if optimizer._steps_in_backward:
+        raise ValueError(_TWICE.format("the optimizer"))
     for group in optimizer.param_groups:
         _check_options(group)
-    return StepInBackward(optimizer)
+    return StepInBackward(model, optimizer)
 
 
 class _Part:
-    """A hook: an optimizer of one parameter, with the options, states and random numbers that it has in the whole."""
+    """An optimizer of one parameter, with the options, states and random numbers that it has in the whole."""
 
-    def __init__(self, optimizer: FusedOptimizer, group: int, position: int, index: int) -> None:
-        self._whole = optimizer
-        self._group, self._position = group, position
-        self._part = object.__new__(type(optimizer))
-        self._part.__dict__.update(optimizer.__dict__)
-        self._part._stepper = Stepper(optimizer._stepper.may_skip)
-        self._part._origin = (group, position, index)
+    handle: RemovableHandle
 
-    def __call__(self, param: Tensor) -> None:
-        whole, part = self._whole, self._part
-        check_not_swapped(whole, "backward")
-        group = whole.param_groups[self._group]
-        _check_options(group)
-        names = {"param_names": [group["param_names"][self._position]]} if "param_names" in group else {}
-        part.backend = whole.backend
+    def __init__(self, param: Tensor, stepper: Stepper) -> None:
+        hooks = param._post_accumulate_grad_hooks or {}
+        for key in [key for key, hook in hooks.items() if isinstance(hook, _Hook)]:
+            if hooks[key].steps() is not None:
+                raise ValueError(_TWICE.format("a parameter"))
+            del hooks[key]
+        self.param = param
+        self._origin = (0, 0, 0)
+        self._stepper = stepper
+
+    def place(self, origin: tuple[int, int, int]) -> None:
+        """Tell group, position and index of the parameter in the whole."""
+        if origin != self._origin:
+            self._origin = origin
+            self._stepper.forget()
+
+    def register(self, hook: _Hook) -> None:
+        requires_grad = self.param.requires_grad
+        self.param.requires_grad_(True)  # torch takes no hook otherwise, and keeps it when the parameter is frozen
+        self.handle = self.param.register_post_accumulate_grad_hook(hook)
+        self.param.requires_grad_(requires_grad)
+
+    def attach(self) -> None:
+        """Register anew all that is registered: `swap_tensors` leaves hooks with the other tensor."""
+        self.param._post_accumulate_grad_hooks = self.param._post_accumulate_grad_hooks
+
+    def step(self, whole: FusedOptimizer) -> None:
+        """Step the parameter and free its gradient."""
+        param = self.param
+        group_index, position, _ = self._origin
+        group = whole.param_groups[group_index]
+        names = {"param_names": group["param_names"][position : position + 1]} if "param_names" in group else {}
+        part = object.__new__(type(whole))
+        part.__dict__ = {**whole.__dict__, "_stepper": self._stepper, "_origin": self._origin}
         part.param_groups = [{**group, **names, "params": [param]}]
         part.state = defaultdict(dict)
         if param in whole.state:
             part.state[param] = whole.state[param]
-        part._stepper.step(part)
+        self._stepper.step(part)
         if param in part.state:
             whole.state[param] = part.state[param]
         whole._opt_called = True  # which torch's schedulers ask
         param.grad = None
 
 
+class _Hook:
+    """What torch calls for each parameter.
+
+    It holds nothing that holds a parameter: Python cannot collect a cycle through torch's hooks.
+    """
+
+    def __init__(self, steps: StepInBackward) -> None:
+        self.steps = weakref.ref(steps)
+
+    def __call__(self, param: Tensor) -> None:
+        _untraced_step(self, param) if torch.compiler.is_compiling() else _step(self, param)
+
+
+def _step(hook: _Hook, param: Tensor) -> None:
+    steps = hook.steps()
+    if steps is None:
+        raise RuntimeError(
+            "the model and the optimizer of step_in_backward are gone, but a parameter is not: keep what "
+            "step_in_backward returned, or call its remove()"
+        )
+    steps._step(param)
+
+
+@torch._disable_dynamo  # as in optimizer.py
+def _untraced_step(hook: _Hook, param: Tensor) -> None:
+    _step(hook, param)
+
+
+_untraced_step._torchdynamo_disable = True  # type: ignore[attr-defined]  # dynamo asks for the message only then
+_untraced_step._torchdynamo_disable_msg = (  # type: ignore[attr-defined]
+    "steps are not traced: with step_in_backward, compile backward with fullgraph=False"
+)
+
+
+class _BeforeForward:
+    """A forward pre-hook. In a copy of the model it does nothing."""
+
+    def __init__(self, steps: StepInBackward | None = None) -> None:
+        self._steps = steps
+
+    def __call__(self, module: torch.nn.Module, args: Any) -> None:
+        if self._steps is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._steps.refresh()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _BeforeForward, ()
+
+
 def _placed(optimizer: FusedOptimizer) -> Iterator[tuple[int, int, Any]]:
     for group_index, group in enumerate(optimizer.param_groups):
         for position, param in enumerate(group["params"]):
             yield group_index, position, param
+
+
+def _may_have_gradients(param: Tensor) -> bool:
+    """Now, or when it is unfrozen."""
+    return param.requires_grad or ((param.is_floating_point() or param.is_complex()) and not param.is_inference())
+
+
+def _is_nested(frame: FrameType | None) -> bool:
+    """Whether the running backward was called by a node of another one.
+
+    FSDP calls hooks from a node of the running backward itself.
+    """
+    called = False
+    while frame is not None:
+        if called and frame.f_code in (_BACKWARD, _NODE):
+            return True
+        called = called or frame.f_code is _BACKWARD
+        frame = frame.f_back
+    return False
+
+
+def _in_compiled_autograd() -> bool:
+    module = sys.modules.get("torch._dynamo.compiled_autograd")
+    return module is not None and module.in_compiled_autograd_region
 
 
 def _check_options(group: Group) -> None:

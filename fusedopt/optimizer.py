@@ -118,7 +118,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     backend: str
     _stepper: Stepper
-    _steps_in_backward: bool
+    _steps_in_backward: Any  # the StepInBackward that takes them
     _opt_called: bool
     _origin: tuple[int, int, int]  # group, position and index of the first parameter in a whole optimizer
 
@@ -301,6 +301,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
+        if self._steps_in_backward is not None:
+            self._steps_in_backward.refresh()
 
     def _check_group(self, index: int) -> None:
         group = self.param_groups[index]
@@ -390,4 +392,4 @@ def _step(optimizer: FusedOptimizer) -> None:
     optimizer._stepper.step(optimizer)  # `_stepper` is looked up in here, since that may make one
 
 
-_UNSET = {"backend": "auto", "_steps_in_backward": False, "_origin": (0, 0, 0)}
+_UNSET = {"backend": "auto", "_steps_in_backward": None, "_origin": (0, 0, 0)}

@@ -1,14 +1,28 @@
 """torch.compile around a step: the graph breaks before it, the numbers stay, and nothing is compiled twice."""
 
+import copy
 import shutil
 
 import pytest
 import torch
+from torch._dynamo import compiled_autograd
 from torch._dynamo.testing import CompileCounter
+from torch.utils.checkpoint import checkpoint
 
 import fusedopt
 from tests.conftest import DEVICE
-from tests.twins import BACKENDS, OPTIMIZERS, assert_same, make, make_params, make_torch, set_grads, snapshot, train
+from tests.twins import (
+    BACKENDS,
+    OPTIMIZERS,
+    assert_same,
+    bits,
+    make,
+    make_params,
+    make_torch,
+    set_grads,
+    snapshot,
+    train,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # from dynamo
 both_backends = pytest.mark.parametrize("backend", BACKENDS)
@@ -166,3 +180,111 @@ def test_inductor():
         inputs = batch(step).float()
         torch.testing.assert_close(compiled(models[0], pair[0], inputs), one(models[1], pair[1], inputs))
     assert_same(*pair)
+
+
+class Sizes(torch.nn.Module):
+    """More sizes than dynamo compiles a function for."""
+
+    def __init__(self):
+        super().__init__()
+        self.weights = torch.nn.ParameterList([torch.linspace(-1, 1, 2 + size) for size in range(10)])
+
+    def forward(self, inputs):
+        return sum((weight * inputs.sum()).square().sum() for weight in self.weights)
+
+
+def make_pair(model, backend):
+    """A model that steps in backward, and one that steps afterwards."""
+    models = model, copy.deepcopy(model)
+    steps = fusedopt.step_in_backward(models[0], lambda params: make("AdamW", params, backend=backend))
+    return models, steps, make("AdamW", models[1].parameters(), backend=backend)
+
+
+def backward(model, inputs):
+    model(inputs).square().mean().backward()
+
+
+def with_compiled_autograd(graphs):
+    def run(*args):
+        with compiled_autograd._enable(torch.compile(backend=graphs)):
+            backward(*args)
+
+    return run
+
+
+def with_all_compiled(graphs):
+    compiled = torch.compile(backward, backend=graphs)
+
+    def run(*args):
+        with torch._dynamo.config.patch(compiled_autograd=True):
+            compiled(*args)
+
+    return run
+
+
+@pytest.mark.parametrize("how", [with_compiled_autograd, with_all_compiled])
+@both_backends
+def test_steps_in_backward_are_not_traced(backend, how):
+    """Each ends a graph."""
+    models, steps, other = make_pair(Sizes().to(DEVICE), backend)
+    graphs, frames = CompileCounter(), []
+    run = how(graphs)
+    for step in range(3):
+        with torch._dynamo.config.patch(error_on_recompile=False):  # torch's own functions, for each size
+            run(models[0], batch(step))
+        assert all(param.grad is None for param in models[0].parameters())
+        backward(models[1], batch(step))
+        other.step()
+        other.zero_grad()
+        frames.append(graphs.frame_count)
+    assert frames[0] == frames[-1] <= 2 + len(models[0].weights)
+    assert [*map(bits, models[0].weights)] == [*map(bits, models[1].weights)]
+    assert_same(steps.optimizer, other)
+
+
+def test_what_compiled_autograd_cannot_do_is_refused():
+    (model, _), steps, _ = make_pair(make_model(), "eager")
+    before = [param.tolist() for param in model.parameters()]
+
+    def refused(error, match, **options):
+        with compiled_autograd._enable(torch.compile(backend="eager", **options)), pytest.raises(error, match=match):
+            backward(model, batch(0))
+        model.zero_grad()
+        torch._dynamo.reset()
+
+    refused(torch._dynamo.exc.Unsupported, "step_in_backward.*fullgraph=False", fullgraph=True)
+    hook = steps.optimizer.register_step_post_hook(print)
+    refused(RuntimeError, "post-hook cannot be called.*compiled autograd")
+    hook.remove()
+    checkpointed = checkpoint(model, batch(0).requires_grad_(), use_reentrant=True)
+    with (
+        compiled_autograd._enable(torch.compile(backend="eager")),
+        pytest.raises(RuntimeError, match="another one has"),
+    ):
+        checkpointed.sum().backward()
+    model.zero_grad()
+    bias = model[2].bias
+    steps.optimizer.param_groups[0]["params"][3] = torch.nn.Parameter(bias.detach().clone())
+    loss = torch.nn.Sequential(*model)(batch(0)).sum()  # calls no hook of the model
+    with compiled_autograd._enable(torch.compile(backend="eager")), pytest.raises(RuntimeError, match=r"refresh\(\)"):
+        loss.backward()
+    assert [param.tolist() for param in model.parameters()] == before
+
+
+def test_a_compiled_model_takes_new_parameters():
+    """Its graph is whole: what is done before its forward is not in it."""
+    models, steps, other = make_pair(make_model(), "eager")
+    compiled = torch.compile(models[0], backend="aot_eager", fullgraph=True)
+    for step in range(4):
+        for model, optimizer in zip(models, (steps.optimizer, other), strict=True):
+            if step == 2:
+                bias = torch.nn.Parameter(model[2].bias.detach() + 1)
+                optimizer.state[bias] = optimizer.state.pop(model[2].bias)
+                optimizer.param_groups[0]["params"][3] = model[2].bias = bias
+        with torch._dynamo.config.patch(error_on_recompile=False):
+            backward(compiled, batch(step))
+        backward(models[1], batch(step))
+        other.step()
+        other.zero_grad()
+        assert all(param.grad is None for param in models[0].parameters())
+    assert_same(steps.optimizer, other)
