@@ -97,7 +97,7 @@ class Plan:
         for entry, param in zip(self.entries, live.params, strict=True):
             entry.plain = is_plain(entry, param, live.rows[entry.row][len(entry.scalar_names) :])
         in_kernels = [entry.kernels for entry in self.entries]
-        self._reference = None if all(in_kernels) else ReferenceStep(self.entries)
+        self._reference = None if all(in_kernels) else ReferenceStep(self.entries, live)
         self._kernels = KernelStep(optimizer, self.entries, live, hyper.count) if any(in_kernels) else None
         self.device = torch.device("cpu") if self._kernels is None else self._kernels.device  # where it is decided
         # The reference works on the tensors themselves, wherever they lie.

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..protocol import Group
+from ..step.layout import has_own_memory
 from ..step.sharding import local
 from ..storage.dtypes import real_dtype
 
@@ -40,7 +41,7 @@ def why_no_kernels(param: Tensor, *, interpreted: bool = False) -> str | None:
         return f"Triton does not drive its device, {param.device}"
     if real_dtype(param.dtype) not in KERNEL_DTYPES:
         return f"the kernels do not know its dtype, {param.dtype}"
-    if type(param).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+    if not has_own_memory(type(param)):
         return f"the memory of a {type(param).__name__} is not its own"
     return None
 

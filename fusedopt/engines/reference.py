@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,13 +22,19 @@ from ..storage.precision import KAHAN_COMP, MASTER_PARAM, ROUNDING_STEP
 class ReferenceStep:
     """The entries of a plan that the reference steps."""
 
-    def __init__(self, entries: Sequence[Entry]) -> None:
+    def __init__(self, entries: Sequence[Entry], live: Live) -> None:
         mine = [(position, entry) for position, entry in enumerate(entries) if not entry.kernels]
         positions, self._entries = zip(*mine, strict=True)
         self._pick = tuple_getter(positions) if len(mine) < len(entries) else tuple
         self._counts_steps = any(entry.scalar_names for entry in self._entries)
         self._version = -1  # of the numbers from which the scalars have been computed
         self._scalars: _Scalars
+        # A sixth less for every operation than under no_grad. This is what torch.inference_mode() does, without its two
+        # calls in Python, which take as long as stepping a small tensor. What an operation makes is of no use to
+        # autograd, and here nothing is kept but by tensors that hold others: these may replace what they hold.
+        kinds = {*map(type, live.watched), *map(type, live.present)}
+        inference_mode: Callable[[], Any] = partial(torch._C._InferenceMode, True)
+        self._mode = inference_mode if all(map(layout.has_own_memory, kinds)) else torch.no_grad
 
     def read_gradients(self, live: Live, gate: Gate) -> None:
         """Tell the gate what the gradients are like."""
@@ -48,9 +55,7 @@ class ReferenceStep:
         no_states = (None,) * len(optimizer.states)
         group = -1
         scalars: Scalars = ()
-        # A sixth less for every operation than under no_grad, and nothing made here is kept. This is what
-        # torch.inference_mode() does, without its two calls in Python, which take as long as stepping a small tensor.
-        with torch._C._InferenceMode(True):
+        with self._mode():
             for entry, param, grad in zip(self._entries, self._pick(live.params), self._pick(live.grads), strict=True):
                 if grad is None:
                     continue

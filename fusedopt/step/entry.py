@@ -159,7 +159,7 @@ def check(optimizer: OptimizerLike, entry: Entry, param: Tensor, grad: Tensor) -
         optimizer.check_sparse(optimizer.param_groups[entry.group], name)
         if entry.seed is not None:
             raise RuntimeError(f"rounding='stochastic' does not support sparse gradients ({name} has one)")
-    if entry.seed is not None and type(param).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+    if entry.seed is not None and not layout.has_own_memory(type(param)):
         raise RuntimeError(f"rounding='stochastic' does not support {name}: it is a {type(param).__name__}")
     if grad.device != param.device:
         raise RuntimeError(f"{name} is on {param.device}, but its gradient is on {grad.device}")

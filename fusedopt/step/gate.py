@@ -14,6 +14,7 @@ from ..protocol import Group
 from ..storage.states import SKIPPED_STEPS
 from . import graphs
 from .hyper import Hyper
+from .layout import has_own_memory
 from .ranks import Ranks
 
 
@@ -74,7 +75,7 @@ class Gate:
         """Add gradients that no kernel reads, each with the name and the part of its parameter."""
         together: dict[tuple[int, torch.device], list[Tensor]] = {}
         for name, part, grad in grads:
-            if type(grad).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+            if not has_own_memory(type(grad)):
                 raise RuntimeError(
                     f"max_grad_norm and skip_nonfinite do not know the whole gradient of {name}: "
                     f"it is a {type(grad).__name__}"

@@ -4,6 +4,11 @@ import torch
 from torch import Tensor
 
 
+def has_own_memory(kind: type[Tensor]) -> bool:
+    """Whether tensors of a class are numbers in memory, not what the class makes of other tensors."""
+    return kind.__torch_dispatch__ is Tensor.__torch_dispatch__
+
+
 def lie(tensor: Tensor) -> tuple[tuple[int, int], ...]:
     """(size, stride) of every dimension that decides the order of the elements; size 1 decides nothing."""
     return tuple((size, stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size != 1)
