@@ -23,6 +23,7 @@ from .engines.triton import KernelStep
 from .options import option
 from .protocol import OptimizerLike
 from .step import graphs
+from .step.dry import is_dry
 from .step.entry import Entry, check, check_states, entries_of, is_plain, is_ready, param_name, settle_states
 from .step.gate import Gate
 from .step.hyper import Hyper, tuple_getter
@@ -86,6 +87,7 @@ class Plan:
             entry.part = self._ranks.part_of[entry.index]
         # Where the host decides it waits anyway; that is so on all ranks or on none.
         self._compares_ranks = DEBUG or not any(entry.kernels for entry in everything)
+        self._is_dry = is_dry(opened(params)[0])
         live = self.read(optimizer, params, grads)
         self._specs = live.specs
         # Sparse states and fake tensors have no address: with one of them every step makes a new plan.
@@ -160,7 +162,8 @@ class Plan:
 
     def run(self, optimizer: OptimizerLike, live: Live, hyper: Hyper, gate: Gate) -> None:
         """Step every parameter that has a gradient, if the gate lets the step pass."""
-        if gate.needs_ranks and self._ranks:
+        gate.is_dry = self._is_dry
+        if gate.needs_ranks and self._ranks and not self._is_dry:
             gate.ranks = self._ranks
             if self._compares_ranks and not graphs.is_capturing():
                 self._compare_ranks(optimizer, live)

@@ -37,12 +37,12 @@ def why_no_kernels(param: Tensor, *, interpreted: bool = False) -> str | None:
         return "it is on the CPU, where Triton runs only in its interpreter (set TRITON_INTERPRET=1 before the start)"
     if not on_cpu and triton_interprets():
         return "Triton's interpreter, which TRITON_INTERPRET=1 has turned on, reaches only the memory of the CPU"
+    if not has_own_memory(type(param)):
+        return f"the memory of a {type(param).__name__} is not its own"
     if param.device.type not in ("cpu", "cuda", "xpu") or not _drives(param.device):
         return f"Triton does not drive its device, {param.device}"
     if real_dtype(param.dtype) not in KERNEL_DTYPES:
         return f"the kernels do not know its dtype, {param.dtype}"
-    if not has_own_memory(type(param)):
-        return f"the memory of a {type(param).__name__} is not its own"
     return None
 
 

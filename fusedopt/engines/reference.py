@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..protocol import OptimizerLike, Scalars
-from ..step import layout
+from ..step import dry, layout
 from ..step.entry import Entry
 from ..step.gate import Gate
 from ..step.hyper import Hyper, Number, tuple_getter
@@ -49,7 +49,10 @@ class ReferenceStep:
             if skip:
                 return
         if self._counts_steps or hyper.version != self._version or hyper.on_device:
-            self._version, self._scalars = hyper.version, _Scalars(optimizer, hyper.rows)
+            self._version, self._scalars = (
+                hyper.version,
+                _Scalars(optimizer, hyper.rows, dry.item if gate.is_dry else Tensor.item),
+            )
         computed = self._scalars
         reference = optimizer.reference
         no_states = (None,) * len(optimizer.states)
@@ -77,15 +80,18 @@ class ReferenceStep:
 class _Scalars:
     """The scalars that numbers give, computed once for all parameters of a group that have made as many steps."""
 
-    def __init__(self, optimizer: OptimizerLike, numbers: Sequence[Sequence[Number]]) -> None:
+    def __init__(
+        self, optimizer: OptimizerLike, numbers: Sequence[Sequence[Number]], item: Callable[[Tensor], float]
+    ) -> None:
         self._compute = optimizer.scalars
+        self._item = item
         self._numbers = numbers
         self._ones = (1.0,) * len(optimizer.scalar_states)
         self._computed: dict[tuple[int, Scalars], tuple[Scalars, Scalars]] = {}
 
     def advance(self, entry: Entry, row: Row) -> Scalars:
         """Advance the scalar states of a parameter, and return its scalars."""
-        values = tuple([row[slot].item() if slot >= 0 else 1.0 for slot in entry.scalar_slots])
+        values = tuple([self._item(row[slot]) if slot >= 0 else 1.0 for slot in entry.scalar_slots])
         scalars, advanced = self._of(entry.group, values)
         for slot, old, new in zip(entry.scalar_slots, values, advanced, strict=True):
             if slot >= 0 and new != old:
@@ -148,7 +154,7 @@ def _widened(
 def _average(entry: Entry, row: Row, weights: Tensor, decay: float) -> None:
     """Move the average of a parameter towards its new weights."""
     ema, ema_step = row[-1], row[len(entry.scalar_names) - 1]  # which come last of the states, and of the numbers
-    steps = ema_step.item()
+    steps = dry.item(ema_step)
     average = _widen(ema, weights.dtype)
     average.lerp_(weights, 1 - decay if steps else 1.0)
     _narrow(ema, average)
@@ -162,7 +168,7 @@ class _Rounding:
         self._seed, self._tensor, self._first = entry.seed, entry.tensor, entry.first
         if entry.seed is None:
             return
-        self._step = int(named[ROUNDING_STEP].add_(1))
+        self._step = int(dry.item(named[ROUNDING_STEP].add_(1)))
         # The random numbers follow the elements in the order in which they lie.
         self._stride = layout.dense_stride(param)
         if param.is_complex():

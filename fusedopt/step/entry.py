@@ -18,6 +18,7 @@ from ..storage.averaging import EMA, EMA_STEP, ema_dtype
 from ..storage.precision import ROUNDING_STEP
 from ..storage.states import check_complete, create_states
 from . import graphs, layout, sharding
+from .dry import is_simulated
 from .hyper import tuple_getter
 from .live import Row
 from .watch import meta
@@ -159,7 +160,7 @@ def check(optimizer: OptimizerLike, entry: Entry, param: Tensor, grad: Tensor) -
         optimizer.check_sparse(optimizer.param_groups[entry.group], name)
         if entry.seed is not None:
             raise RuntimeError(f"rounding='stochastic' does not support sparse gradients ({name} has one)")
-    if entry.seed is not None and not layout.has_own_memory(type(param)):
+    if entry.seed is not None and not (layout.has_own_memory(type(param)) or is_simulated(param)):
         raise RuntimeError(f"rounding='stochastic' does not support {name}: it is a {type(param).__name__}")
     if grad.device != param.device:
         raise RuntimeError(f"{name} is on {param.device}, but its gradient is on {grad.device}")

@@ -13,6 +13,7 @@ from ..options import option
 from ..protocol import Group
 from ..storage.states import SKIPPED_STEPS
 from . import graphs
+from .dry import is_simulated
 from .hyper import Hyper
 from .layout import has_own_memory
 from .ranks import Ranks
@@ -40,6 +41,7 @@ class Gate:
         self.ranks: Ranks | None = None  # of the mesh on which parameters are sharded
         self.partials: list[Tensor] = []  # float64 [n, 2]: sums of squares, and 0 where all was finite
         self._of_shards: list[tuple[int, Tensor]] = []  # the same, with the part that `ranks` are to add up
+        self.is_dry = False
         self._asked = False
         self.decided = False
         self.grad_norm: Tensor | None = None  # float64, once it is known
@@ -75,7 +77,7 @@ class Gate:
         """Add gradients that no kernel reads, each with the name and the part of its parameter."""
         together: dict[tuple[int, torch.device], list[Tensor]] = {}
         for name, part, grad in grads:
-            if not has_own_memory(type(grad)):
+            if not (has_own_memory(type(grad)) or is_simulated(grad)):
                 raise RuntimeError(
                     f"max_grad_norm and skip_nonfinite do not know the whole gradient of {name}: "
                     f"it is a {type(grad).__name__}"
@@ -109,15 +111,20 @@ class Gate:
 
     @torch.no_grad()
     def decide(self) -> tuple[bool, float]:
-        """(whether the step is skipped, what the gradients are multiplied by), on the host, which waits for them."""
+        """(whether the step is skipped, what the gradients are multiplied by), on the host, which waits for them.
+
+        A dry run is not skipped, nor does it know what to multiply by.
+        """
         self.decided = True
-        scale = 1.0 if self.grad_scale is None else float(self.grad_scale)
-        skip = self.found_inf is not None and float(self.found_inf) != 0
+        scale = 1.0 if self.grad_scale is None or self.is_dry else float(self.grad_scale)
+        skip = self.found_inf is not None and not self.is_dry and float(self.found_inf) != 0
         factor = 1 / scale if scale else math.inf
         if self.partials:
             squares, not_finite = self.partials_on(self.partials[-1].device).sum(dim=0)
             grad_norm = squares.sqrt() * factor
             self.grad_norm = grad_norm if self.grad_norm is None else self.grad_norm
+            if self.is_dry:
+                return False, 1.0
             skip = skip or (self.skip_nonfinite and bool(not_finite != 0))
             if self.max_grad_norm is not None:
                 factor *= float((self.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0))

@@ -33,7 +33,7 @@ def is_raw(tensor: Tensor) -> bool:
 
 def overlaps_itself(tensor: Tensor) -> bool:
     """Whether two indices certainly share memory, as in an expanded tensor."""
-    return tensor.numel() > 1 and any(stride == 0 for _, stride in lie(tensor))
+    return any(stride == 0 for _, stride in lie(tensor)) and tensor.numel() > 1
 
 
 def dense_stride(tensor: Tensor) -> tuple[int, ...]:
