@@ -103,7 +103,8 @@ class Plan:
         self._kernels = KernelStep(optimizer, self.entries, live, hyper.count) if any(in_kernels) else None
         self.device = torch.device("cpu") if self._kernels is None else self._kernels.device  # where it is decided
         # The reference works on the tensors themselves, wherever they lie.
-        self._watch = Watch(live.watched, addresses=self._watchable and self._kernels is not None)
+        watched = live.watched if self._watchable else []
+        self._watch = Watch(watched, addresses=self._watchable and self._kernels is not None)
 
     def grad_metas(self) -> dict[int, tuple[Any, ...] | None]:
         """By the id of the parameter, how its gradient last lay."""

@@ -37,6 +37,8 @@ def why_no_kernels(param: Tensor, *, interpreted: bool = False) -> str | None:
         return "it is on the CPU, where Triton runs only in its interpreter (set TRITON_INTERPRET=1 before the start)"
     if not on_cpu and triton_interprets():
         return "Triton's interpreter, which TRITON_INTERPRET=1 has turned on, reaches only the memory of the CPU"
+    if param.layout != torch.strided:
+        return f"it is {param.layout}"
     if not has_own_memory(type(param)):
         return f"the memory of a {type(param).__name__} is not its own"
     if param.device.type not in ("cpu", "cuda", "xpu") or not _drives(param.device):

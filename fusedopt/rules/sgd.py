@@ -119,7 +119,9 @@ class SGD(FusedOptimizer):
             state["momentum_begun"] = 0.0 if buffer is None else 1.0
 
     def check_sparse(self, group: Group, name: str) -> None:
-        if group["weight_decay"] != 0:
+        # A sparse parameter decays as sparsely.
+        dense = [param for param in group["params"] if param.layout == torch.strided and param.grad is not None]
+        if group["weight_decay"] != 0 and any(param.grad.layout != torch.strided for param in dense):
             raise RuntimeError(f"weight_decay option is not compatible with sparse gradients ({name} has one)")
 
     def __setstate__(self, state: dict[str, Any]) -> None:

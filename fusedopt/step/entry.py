@@ -127,7 +127,7 @@ def entries_of(
             grad_meta = meta(grad) if grad is not None else known.get(id(param))
             if grad is None and grad_meta is not None and grad_meta[4] != torch.strided:
                 grad_meta = None  # a sparse gradient says nothing about the next one
-            kernels = in_kernels(group, param) and (grad is None or not grad.is_sparse)
+            kernels = in_kernels(group, param) and (grad is None or grad.layout == torch.strided)
             kept = precision.kept_state(param, group)
             entries.append(
                 Entry(
@@ -156,6 +156,8 @@ def check(optimizer: OptimizerLike, entry: Entry, param: Tensor, grad: Tensor) -
     name, whole = entry.name, param
     param = sharding.local(param)
     sharding.check_placements(whole, name)
+    if param.layout != torch.strided:
+        _check_sparse_param(entry, param, grad, optimizer.param_groups[entry.group])
     if grad.layout != torch.strided:
         optimizer.check_sparse(optimizer.param_groups[entry.group], name)
         if entry.seed is not None:
@@ -172,6 +174,21 @@ def check(optimizer: OptimizerLike, entry: Entry, param: Tensor, grad: Tensor) -
         raise RuntimeError(f"{name} must be of a floating-point or complex dtype, but it is {param.dtype}")
     if layout.overlaps_itself(param):
         raise RuntimeError(f"{name} is expanded: several of its elements share one place in memory")
+
+
+def _check_sparse_param(entry: Entry, param: Tensor, grad: Tensor, group: Group) -> None:
+    if param.layout not in (torch.sparse_coo, torch.sparse_csr):
+        raise RuntimeError(f"{entry.name} is {param.layout}, which torch does not add: use COO or CSR")
+    converted = dtypes.real_dtype(param.dtype).itemsize == 2 or precision.state_dtype(param, group) != param.dtype
+    if converted and param.layout == torch.sparse_csr:
+        raise RuntimeError(f"{entry.name} is CSR, which only fp32 and fp64 can be, states too: torch converts none")
+    if entry.kept or entry.averaged:
+        raise RuntimeError(f"{entry.name} is sparse, which master_weights, kahan and ema_decay do not support")
+    if grad.layout != param.layout or grad.dense_dim() != param.dense_dim():
+        raise RuntimeError(
+            f"{entry.name} is {param.layout} with {param.dense_dim()} dense dimensions, "
+            f"but its gradient is {grad.layout} with {grad.dense_dim()}"
+        )
 
 
 def check_states(optimizer: OptimizerLike, entry: Entry, param: Tensor) -> None:
@@ -273,6 +290,8 @@ def _settled_state(value: Tensor, param: Tensor, grad: Tensor | None, kernels: b
 def is_plain(entry: Entry, param: Tensor, states: Row) -> bool:
     """Whether the reference can work on the tensors themselves, in their own dtype."""
     dtype = dtypes.compute_dtype(param)
+    if param.is_complex() and param.layout != torch.strided:  # has no parts, and its updates are linear
+        dtype = param.dtype
     return (
         entry.seed is None
         and all(tensor.dtype == dtype and layout.is_raw(tensor) for tensor in (param, *states))

@@ -158,13 +158,20 @@ def settled_counter(group: Group, counter: Tensor | int, device: torch.device) -
 
 def _sums(grads: Sequence[Tensor]) -> Tensor:
     """[sum of squares, 0 if all elements are finite] of each gradient, in float64."""
-    values = [grad if grad.layout == torch.strided else grad.coalesce().values() for grad in grads]
+    values = list(map(_values, grads))
     norms = torch.stack([torch.linalg.vector_norm(value, dtype=_wide_dtype(value)) for value in values])
     not_finite = ~norms.isfinite()  # nor is an element then: no sum of squares of fewer bits overflows in float64
     for i, value in enumerate(values):
         if value.dtype in (torch.float64, torch.complex128):
             not_finite[i] = ~value.isfinite().all()
     return torch.stack([norms.square(), not_finite.double()], dim=1)
+
+
+def _values(grad: Tensor) -> Tensor:
+    """The elements of a gradient that are not certainly 0."""
+    if grad.layout == torch.strided:
+        return grad
+    return (grad.coalesce() if grad.is_sparse else grad).values()
 
 
 def _wide_dtype(grad: Tensor) -> torch.dtype:

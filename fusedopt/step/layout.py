@@ -33,7 +33,8 @@ def is_raw(tensor: Tensor) -> bool:
 
 def overlaps_itself(tensor: Tensor) -> bool:
     """Whether two indices certainly share memory, as in an expanded tensor."""
-    return any(stride == 0 for _, stride in lie(tensor)) and tensor.numel() > 1
+    is_strided = tensor.layout == torch.strided
+    return is_strided and any(stride == 0 for _, stride in lie(tensor)) and tensor.numel() > 1
 
 
 def dense_stride(tensor: Tensor) -> tuple[int, ...]:
