@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .engines.choice import check_reach, use_kernels
+from .engines.choice import check_dtypes, check_reach, use_kernels
 from .engines.reference import ReferenceStep
 from .engines.triton import KernelStep
 from .options import option
@@ -61,6 +61,9 @@ class Plan:
                 self.entries.append(entry)
             elif entry.grad_meta is not None and is_ready(optimizer, entry, param):
                 self.entries.append(entry)
+        for entry in self.entries:
+            if entry.kernels:
+                check_dtypes(optimizer, entry, params[entry.index])
         for entry in self.entries:
             settle_states(optimizer, entry, params[entry.index], grads[entry.index])
 

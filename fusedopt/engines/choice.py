@@ -5,7 +5,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ..protocol import Group
+from ..protocol import Group, OptimizerLike
+from ..step.entry import Entry
 from ..step.layout import has_own_memory
 from ..step.sharding import local
 from ..storage.dtypes import real_dtype
@@ -56,6 +57,18 @@ def check_reach(name: str, param: Tensor, grad: Tensor) -> None:
     param = local(param)
     if param.numel() and not (param.data_ptr() and grad.data_ptr()):
         raise RuntimeError(f"{name} or its gradient has no memory that a kernel can reach")
+
+
+def check_dtypes(optimizer: OptimizerLike, entry: Entry, param: Tensor) -> None:
+    """Raise for a gradient or a state, of a parameter of the kernels, that these cannot read."""
+    state = optimizer.state.get(param, {})
+    stored = {f"state {name!r}": state[name].dtype for name in optimizer.states if state.get(name) is not None}
+    for what, dtype in {"gradient": entry.grad_dtype, **stored}.items():
+        if real_dtype(dtype) not in KERNEL_DTYPES:
+            raise RuntimeError(
+                f"the kernels cannot step {entry.name}: they do not know the dtype of its {what}, {dtype}; "
+                "backend='eager' does"
+            )
 
 
 @cache

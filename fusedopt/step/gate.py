@@ -169,9 +169,9 @@ def _sums(grads: Sequence[Tensor]) -> Tensor:
 
 def _values(grad: Tensor) -> Tensor:
     """The elements of a gradient that are not certainly 0."""
-    if grad.layout == torch.strided:
-        return grad
-    return (grad.coalesce() if grad.is_sparse else grad).values()
+    if grad.layout != torch.strided:
+        grad = (grad.coalesce() if grad.is_sparse else grad).values()
+    return grad.float() if grad.dtype.itemsize == 1 else grad  # which torch does not promote by itself
 
 
 def _wide_dtype(grad: Tensor) -> torch.dtype:
