@@ -7,7 +7,8 @@ and says whether the plan still describes them.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import chain, islice
 from operator import is_, itemgetter
@@ -80,6 +81,7 @@ class Plan:
                 entry.row = row_of[self._param_ids[entry.index]]
                 names[entry.row] = entry.names
         self._getters = list(map(tuple_getter, names))
+        self._has_names = list(map(bool, names))
         inside = [entry.index for entry in self.entries]
         self._outside = sorted(set(range(len(params))).difference(inside))
         self._pick = tuple_getter(inside) if self._outside else tuple
@@ -124,7 +126,7 @@ class Plan:
             local_grads: what this rank holds of their gradients; None where nothing is sharded.
         """
         # In the order of `optimizer.state`: looking a parameter up would hash it, which torch does in Python.
-        rows = [get(state) for get, state in zip(self._getters, optimizer.state.values(), strict=True)]
+        rows = [get(state) for get, state in zip(self._getters, self._states(optimizer.state), strict=True)]
         params = self._pick(params)
         grads = [param.grad for param in params] if local_grads is None else self._pick(local_grads)
         watched = [*params, *chain.from_iterable(rows)]
@@ -136,6 +138,12 @@ class Plan:
             rows = [tuple(islice(held, len(row))) for row in rows]
         rows.append(())  # of an entry without states, at -1
         return Live(params, grads, rows, watched, [grad for grad in grads if grad is not None], specs)
+
+    def _states(self, states: Mapping[Tensor, Any]) -> Iterable[Any]:
+        """The states of all parameters. A mapping that loads what it is asked for is asked for what a step reads."""
+        if type(states) in (dict, defaultdict):
+            return states.values()
+        return [states[param] if reads else None for param, reads in zip(list(states), self._has_names, strict=True)]
 
     def gather(self, optimizer: OptimizerLike, local_grads: Sequence[Tensor | None] | None) -> Live | None:
         """The tensors of this step if all of them are where and what the plan says, else None."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..protocol import Group, OptimizerLike
-from ..step.entry import Entry
+from ..step.entry import Entry, state_of
 from ..step.layout import has_own_memory
 from ..step.sharding import local
 from ..storage.dtypes import real_dtype
@@ -61,7 +61,7 @@ def check_reach(name: str, param: Tensor, grad: Tensor) -> None:
 
 def check_dtypes(optimizer: OptimizerLike, entry: Entry, param: Tensor) -> None:
     """Raise for a gradient or a state, of a parameter of the kernels, that these cannot read."""
-    state = optimizer.state.get(param, {})
+    state = state_of(optimizer, param)
     stored = {f"state {name!r}": state[name].dtype for name in optimizer.states if state.get(name) is not None}
     for what, dtype in {"gradient": entry.grad_dtype, **stored}.items():
         if real_dtype(dtype) not in KERNEL_DTYPES:

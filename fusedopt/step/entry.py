@@ -90,6 +90,13 @@ def _name(optimizer: OptimizerLike, group_index: int, position: int) -> str:
     return f"{name} ({names[position]!r})" if position < len(names) else name
 
 
+def state_of(optimizer: OptimizerLike, param: Tensor) -> Any:
+    """The state of a parameter, an empty one without one. A mapping may load what it is asked for as torch asks."""
+    if param not in optimizer.state:
+        return {}
+    return optimizer.state[param]
+
+
 def entries_of(
     optimizer: OptimizerLike,
     grads: Sequence[Tensor | None],
@@ -194,7 +201,7 @@ def _check_sparse_param(entry: Entry, param: Tensor, grad: Tensor, group: Group)
 def check_states(optimizer: OptimizerLike, entry: Entry, param: Tensor) -> None:
     """Raise for states that are there and do not fit their parameter."""
     name = entry.name
-    state = optimizer.state.get(param, {})
+    state = state_of(optimizer, param)
     if not isinstance(state, dict):
         raise TypeError(f"the state of {name} must be a dict, but it is {state!r}")
     for state_name in entry.state_names:
@@ -224,7 +231,7 @@ def check_states(optimizer: OptimizerLike, entry: Entry, param: Tensor) -> None:
 
 def is_ready(optimizer: OptimizerLike, entry: Entry, param: Tensor) -> bool:
     """Whether a parameter without a gradient, but with one before, can have its place in the plan as it is."""
-    state = optimizer.state.get(param, {})
+    state = state_of(optimizer, param)
     held = sharding.local(param)
     if entry.grad_meta is None or entry.grad_meta[1:3] != (held.device, held.shape) or layout.overlaps_itself(held):
         return False
