@@ -81,6 +81,7 @@ def triton_is_installed() -> bool:
     return True
 
 
+@cache
 def triton_interprets() -> bool:
     """Whether the kernels run in Triton's interpreter, on the CPU. Fixed when Triton is first imported."""
     if not triton_is_installed():
