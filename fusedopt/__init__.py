@@ -1,6 +1,7 @@
 """Optimizers for PyTorch that step in one pass over memory: drop-ins for `torch.optim`."""
 
 from .backward import step_in_backward
+from .functional import register_functional_optim
 from .optimizer import FusedOptimizer
 from .rules.adadelta import Adadelta
 from .rules.adagrad import Adagrad
@@ -29,6 +30,7 @@ __all__ = [
     "RAdam",
     "RMSprop",
     "Rprop",
+    "register_functional_optim",
     "step_in_backward",
     "warmup",
 ]

@@ -8,9 +8,10 @@ import textwrap
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from .options import DEFAULTS
+from .options import DEFAULTS, KEYS
 from .protocol import OptimizerLike
 from .step.hyper import count_numbers, count_scalars
+from .storage.averaging import EMA_STEP
 from .storage.states import ADDED
 
 DECLARED = ("kernel", "hyperparameters")
@@ -35,12 +36,15 @@ def check_declaration(optimizer: type[OptimizerLike], base: type[OptimizerLike],
     for key in (*optimizer.hyperparameters, *optimizer.options):
         if key not in defaults:
             raise TypeError(f"{name} declares {key!r}, but its defaults have no such key")
-    for key in DEFAULTS:
+    for key in (*DEFAULTS, *KEYS.values(), "backend"):
         if key in defaults:
             raise TypeError(f"{name} has a default for {key!r}, which is an option of every FusedOptimizer")
     for state in (*optimizer.scalar_states, *optimizer.states):
-        if state in ADDED:
+        if state in (*ADDED, EMA_STEP):
             raise TypeError(f"{name} declares the state {state!r}, which every FusedOptimizer may have")
+    for flag, state in optimizer.begun.items():
+        if flag not in optimizer.scalar_states or state not in optimizer.states:
+            raise TypeError(f"`begun` of {name} must name one of its scalar states and one of its states")
     n_scalars = count_scalars(optimizer, count_numbers(defaults[key] for key in optimizer.hyperparameters))
     if isinstance(optimizer.kernel, str):
         return

@@ -14,7 +14,7 @@ from torch.optim.optimizer import ParamsT
 
 from .declaration import argument_defaults, check_declaration
 from .engines.choice import BACKENDS, triton_is_installed, why_no_kernels
-from .options import check_group, optional_keys
+from .options import check_group, required_keys, settle_options
 from .protocol import Group, Scalars, States
 from .step import amp
 from .step.hooks import hooked_step
@@ -23,7 +23,7 @@ from .stepper import Stepper
 from .storage import precision
 from .storage.averaging import check_not_swapped, swapped
 from .storage.loading import shield, unshield
-from .storage.states import SKIPPED_STEPS
+from .storage.states import ADDED, SKIPPED_STEPS, without_unbegun
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -44,6 +44,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         states: names of the states that are one number an element.
         always: names of those of both that every parameter keeps from its first step on, whatever the options. A state
             with only some of them is refused.
+        begun: by the name of a scalar state, that of the state of which it tells whether it has begun: it is 0 in the
+            step that creates it. Such a number lies in no `state`, and is not saved.
 
     Args:
         params: parameters, named parameters or param groups, as for any ``torch.optim.Optimizer``.
@@ -72,9 +74,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             (1 - \delta) \theta`, which begins with the weights after the first step and goes on whenever its parameter
             steps. `swap_ema` evaluates with it. None keeps no average.
 
-    All but `backend` are keys of the param groups. `max_grad_norm` and `skip_nonfinite` are the same in all groups, the
-    others may differ. A group has them where they differ from their defaults, and the seed of stochastic rounding;
-    where a loaded one has none, this optimizer's stay.
+    For one group alone, or later, set an option by its key in the param group, which is its name after ``fusedopt_``:
+    ``{"params": params, "fusedopt_ema_decay": 0.9}``. Keys without that prefix are yours, whatever they are called. All
+    but `backend` have such a key; `max_grad_norm` and `skip_nonfinite` are the same in all groups. A group has the
+    options that differ from their defaults, and the seed of stochastic rounding; where a loaded one has none, this
+    optimizer's stay.
 
     ``torch.amp.GradScaler`` leaves unscaling and skipping to the step where the kernels run for all parameters, and no
     hook, no wrapper and no `step` of a subclass would see scaled gradients: by its attributes `grad_scale`, which the
@@ -92,8 +96,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     State:
         Beside those of the class, ``master_param`` (fp32) or ``kahan_comp`` (of the parameter's dtype) for 16-bit
         parameters; ``rounding_step`` (0-d), which counts the steps of stochastic rounding; ``ema`` (of the parameter's
-        dtype, fp32 for 16-bit ones, from the master weights or the compensated ones where they are kept) and
-        ``ema_step`` (0-d), which counts its updates.
+        dtype, fp32 for 16-bit ones, from the master weights or the compensated ones where they are kept).
 
     Raises:
         TypeError: the class does not declare what is asked for above, or its parts disagree; `seed` is no int;
@@ -111,6 +114,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     scalar_states: ClassVar[tuple[str, ...]] = ()
     states: ClassVar[tuple[str, ...]] = ()
     always: ClassVar[tuple[str, ...]] = ()
+    begun: ClassVar[dict[str, str]] = {}
 
     backend: str
     _stepper: Stepper
@@ -165,6 +169,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             "max_grad_norm": max_grad_norm,
             "skip_nonfinite": skip_nonfinite,
             "ema_decay": ema_decay,
+            "backend": backend,  # for `type(optimizer)(params, **optimizer.defaults)`
         }
         super().__init__(params, {**defaults, **common})
         precision.check_effect(self)
@@ -288,13 +293,10 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a param group, as ``torch.optim.Optimizer.add_param_group``."""
+        own = set(param_group) if isinstance(param_group, dict) else set()
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        for key, default in optional_keys(self).items():
-            saved = key == "seed" and precision.is_stochastic(group)  # a resumed run needs it
-            if key in group and group[key] == default and not saved:
-                del group[key]
         try:
+            settle_options(self, self.param_groups[-1], own)
             self._check_group(len(self.param_groups) - 1)
         except Exception:
             self.param_groups.pop()
@@ -330,9 +332,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._stepper.skipped_steps = 0  # unless a loaded group has it
 
     def state_dict(self) -> dict[str, Any]:
-        """The state as ``torch.optim.Optimizer.state_dict`` returns it."""
+        """The state as ``torch.optim.Optimizer.state_dict`` returns it, without states of which no step was taken."""
         check_not_swapped(self, "state_dict")
-        return super().state_dict()
+        if not self._stepper.may_skip:
+            return super().state_dict()
+        hook = self.register_state_dict_post_hook(without_unbegun, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
 
     def __getstate__(self) -> dict[str, Any]:
         check_not_swapped(self, "a copy")
@@ -347,9 +355,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         self._stepper.forget()
         self.defaults.update({**argument_defaults(type(self)), **self.defaults})
+        if "_stepper" not in state:
+            self._stepper.begun = {}
+        for values in self.state.values():
+            # torch.distributed.checkpoint asks for every key of `state`, and gives {} for what state_dict() left out.
+            for name in (*self.states, *ADDED) if isinstance(values, dict) else ():
+                if values.get(name) == {}:
+                    del values[name]
         for group in self.param_groups:
-            for key in self.defaults.keys() - optional_keys(self):
-                group.setdefault(key, self.defaults[key])
+            for key, default in required_keys(self).items():
+                group.setdefault(key, default)
 
     def __repr__(self) -> str:
         kernels = sum(

@@ -1,9 +1,14 @@
-"""The options that every optimizer takes beside its own: keys of a param group, there only where they differ."""
+"""The options that every optimizer takes beside its own.
+
+In a param group their keys have a prefix, since a group may have keys of the user's by any name. They are there only
+where they differ from the default, so that torch's checkpoints fit.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Sequence, Set
 from typing import Any, TypedDict
 
 import torch
@@ -21,6 +26,8 @@ DEFAULTS: Group = {
     "skip_nonfinite": False,
     "ema_decay": None,
 }
+PREFIX = "fusedopt_"
+KEYS = {name: PREFIX + name for name in DEFAULTS}  # of a param group
 # One value for all groups: these are about the gradients of all parameters together.
 SHARED = ("max_grad_norm", "skip_nonfinite")
 STATE_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16)
@@ -42,13 +49,46 @@ class CommonOptions(TypedDict, total=False):
 
 
 def option(group: Group, name: str) -> Any:
-    """One of these options; a group has only those that differ from their defaults."""
-    return group.get(name, DEFAULTS[name])
+    """One of these options, by its name in the constructor."""
+    return group.get(KEYS[name], DEFAULTS[name])
 
 
 def optional_keys(optimizer: OptimizerLike) -> Group:
     """The keys that a group of this optimizer may lack, with their defaults."""
-    return {**DEFAULTS, **optimizer.optional}
+    return {**{KEYS[name]: default for name, default in DEFAULTS.items()}, **optimizer.optional}
+
+
+def required_keys(optimizer: OptimizerLike) -> Group:
+    """The keys that every group of this optimizer has, with the defaults that the constructor was given."""
+    others = {*DEFAULTS, "backend", *optimizer.optional}
+    return {key: default for key, default in optimizer.defaults.items() if key not in others}
+
+
+def settle_options(optimizer: OptimizerLike, group: Group, own: Set[str]) -> None:
+    """Give the options that torch has put into a new group the keys that they have here.
+
+    Args:
+        optimizer: the optimizer, whose constructor was given `defaults`.
+        group: the new group.
+        own: the keys that the user has put into it.
+    """
+    for name, key in KEYS.items():
+        default = optimizer.defaults.get(name, DEFAULTS[name])
+        if name not in own:
+            group.pop(name, None)
+        elif default != DEFAULTS[name]:
+            warnings.warn(
+                f"a param group has the key {name!r}, which means nothing to {type(optimizer).__name__}: if it is to "
+                f"be the option of this group, call it {key!r}",
+                stacklevel=2,
+            )
+        group.setdefault(key, default)
+    if "backend" not in own:
+        group.pop("backend", None)
+    for key, default in optional_keys(optimizer).items():
+        saved = key == KEYS["seed"] and option(group, "rounding") == "stochastic"  # a resumed run needs it
+        if key in group and group[key] == default and not saved:
+            del group[key]
 
 
 def is_number(value: Any) -> bool:

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import chain, islice
-from operator import is_, itemgetter
+from operator import add, is_, itemgetter
 from typing import Any
 
 import torch
@@ -22,13 +22,13 @@ from .engines.choice import check_dtypes, check_reach, use_kernels
 from .engines.reference import ReferenceStep
 from .engines.triton import KernelStep
 from .options import option
-from .protocol import OptimizerLike
+from .protocol import Begun, OptimizerLike
 from .step import graphs
 from .step.dry import is_dry
 from .step.entry import Entry, check, check_states, entries_of, is_plain, is_ready, param_name, settle_states
 from .step.gate import Gate
 from .step.hyper import Hyper, tuple_getter
-from .step.live import Live
+from .step.live import Live, Row
 from .step.ranks import Ranks
 from .step.sharding import check_whole, is_sharded, opened
 from .step.watch import Watch, meta
@@ -44,7 +44,12 @@ class Plan:
     """The entries of an optimizer and how to see that they are what they were."""
 
     def __init__(
-        self, optimizer: OptimizerLike, hyper: Hyper, previous: Plan | None, grads: Sequence[Tensor | None]
+        self,
+        optimizer: OptimizerLike,
+        hyper: Hyper,
+        previous: Plan | None,
+        grads: Sequence[Tensor | None],
+        begun: Begun,
     ) -> None:
         params = all_params(optimizer)
         if hyper.reads_gradients:
@@ -60,13 +65,13 @@ class Plan:
                     check_reach(entry.name, param, grad)
                 check_states(optimizer, entry, param)
                 self.entries.append(entry)
-            elif entry.grad_meta is not None and is_ready(optimizer, entry, param):
+            elif entry.grad_meta is not None and is_ready(optimizer, entry, param, begun):
                 self.entries.append(entry)
         for entry in self.entries:
             if entry.kernels:
                 check_dtypes(optimizer, entry, params[entry.index])
         for entry in self.entries:
-            settle_states(optimizer, entry, params[entry.index], grads[entry.index])
+            settle_states(optimizer, entry, params[entry.index], grads[entry.index], begun)
 
         self.uses = used_states(optimizer)
         self._backend = optimizer.backend
@@ -76,10 +81,13 @@ class Plan:
         self._ids = self._param_ids + state_ids
         row_of = {state_id: row for row, state_id in enumerate(state_ids)}
         names: list[tuple[str, ...]] = [()] * len(state_ids)
+        self._begun: list[Row] = [()] * len(state_ids)  # what stands in a row before the states, and only we replace
         for entry in self.entries:
             if entry.names:
                 entry.row = row_of[self._param_ids[entry.index]]
-                names[entry.row] = entry.names
+                names[entry.row] = entry.keys
+                flags = begun.get(params[entry.index], {})
+                self._begun[entry.row] = tuple(flags[name] for name in entry.begun_names)
         self._getters = list(map(tuple_getter, names))
         self._has_names = list(map(bool, names))
         inside = [entry.index for entry in self.entries]
@@ -136,6 +144,8 @@ class Plan:
             held = iter(watched)
             params = list(islice(held, len(params)))
             rows = [tuple(islice(held, len(row))) for row in rows]
+        if any(self._begun):
+            rows = list(map(add, self._begun, rows))
         rows.append(())  # of an entry without states, at -1
         return Live(params, grads, rows, watched, [grad for grad in grads if grad is not None], specs)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 Group: TypeAlias = dict[str, Any]  # a param group
 Scalars: TypeAlias = tuple[float, ...]
 States: TypeAlias = Sequence[Any]  # tensors, or None for one that the options leave out
+Begun: TypeAlias = dict[Tensor, dict[str, Any]]  # by the parameter, the scalar states that `OptimizerLike.begun` names
 
 
 class OptimizerLike(Protocol):
@@ -23,6 +24,7 @@ class OptimizerLike(Protocol):
     scalar_states: ClassVar[tuple[str, ...]]
     states: ClassVar[tuple[str, ...]]
     always: ClassVar[tuple[str, ...]]
+    begun: ClassVar[dict[str, str]]
 
     backend: str
     defaults: Group

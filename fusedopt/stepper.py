@@ -11,7 +11,7 @@ from torch import Tensor
 from . import plan as plans
 from .engines.choice import use_kernels
 from .plan import Plan, all_params, used_states
-from .protocol import OptimizerLike
+from .protocol import Begun, OptimizerLike
 from .step import graphs
 from .step.entry import param_name
 from .step.gate import Gate, settled_counter
@@ -24,16 +24,17 @@ from .storage.averaging import check_not_swapped
 class Stepper:
     """Takes the steps of one optimizer. A copy of it begins anew, but for what has been counted."""
 
-    def __init__(self, may_skip: bool = False, skipped_steps: Tensor | int = 0) -> None:
+    def __init__(self, may_skip: bool = False, skipped_steps: Tensor | int = 0, begun: Begun | None = None) -> None:
         self.may_skip = may_skip  # whether any step could have been skipped
         self.skipped_steps = skipped_steps
+        self.begun: Begun = {} if begun is None else begun
         self.grad_norm: Tensor | None = None
         self.plan: Plan | None = None
         self._hyper: Hyper | None = None
         self._captured: list[Plan] = []  # what graphs read, for as long as they may be replayed
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.may_skip, self.skipped_steps)
+        return type(self), (self.may_skip, self.skipped_steps, self.begun)
 
     def forget(self) -> None:
         """Look at everything anew in the next step."""
@@ -97,7 +98,9 @@ class Stepper:
             return plan, live
         grads = _local_grads(optimizer) if grads is None else grads
         with torch.no_grad():
-            fresh = Plan(optimizer, hyper, self.plan, grads)
+            params = set(all_params(optimizer))
+            self.begun = {param: flags for param, flags in self.begun.items() if param in params}
+            fresh = Plan(optimizer, hyper, self.plan, grads, self.begun)
         if plan is not None and live is not None and not plan.describes_the_same(fresh):
             raise RuntimeError("FUSEDOPT_DEBUG: something moved since the last step and was not noticed")
         return fresh, fresh.read(optimizer, all_params(optimizer), grads)

@@ -37,6 +37,11 @@ def make_torch(name: str, params: Any, **options: Any) -> torch.optim.Optimizer:
     return getattr(torch.optim, name)(params, **{**OPTIONS[name], "foreach": False, **options})
 
 
+def in_group(**options: Any) -> dict[str, Any]:
+    """The options of every optimizer as the keys of a param group."""
+    return {f"fusedopt_{name}": value for name, value in options.items()}
+
+
 def params_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [param for group in optimizer.param_groups for param in group["params"]]
 

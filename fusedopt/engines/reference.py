@@ -153,7 +153,7 @@ def _widened(
 
 def _average(entry: Entry, row: Row, weights: Tensor, decay: float) -> None:
     """Move the average of a parameter towards its new weights."""
-    ema, ema_step = row[-1], row[len(entry.scalar_names) - 1]  # which come last of the states, and of the numbers
+    ema, ema_step = row[-1], row[len(entry.begun_names) - 1]  # which come last among the states, and these numbers
     steps = dry.item(ema_step)
     average = _widen(ema, weights.dtype)
     average.lerp_(weights, 1 - decay if steps else 1.0)

@@ -60,6 +60,7 @@ class SGD(FusedOptimizer):
     optional: ClassVar[dict[str, Any]] = {"lr_in_momentum": False, "zero_init_momentum": False}
     scalar_states = ("momentum_begun",)
     states = ("momentum_buffer",)
+    begun: ClassVar[dict[str, str]] = {"momentum_begun": "momentum_buffer"}
 
     def __init__(
         self,
@@ -110,35 +111,16 @@ class SGD(FusedOptimizer):
         return group["momentum"] != 0
 
     def init_state(self, param: Tensor, state: dict[str, Any], group: Group) -> None:
-        buffer = state.get("momentum_buffer")
-        if buffer is None and self.uses("momentum_buffer", group):
+        if state.get("momentum_buffer") is None and self.uses("momentum_buffer", group):
             # Beside sparse gradients the buffer is sparse too, as torch has it.
             like = param if param.grad is None or param.grad.layout == torch.strided else param.grad
             state["momentum_buffer"] = torch.zeros_like(like, dtype=state_dtype(param, group))
-        if self.uses("momentum_begun", group) and (buffer is None or "momentum_begun" not in state):
-            state["momentum_begun"] = 0.0 if buffer is None else 1.0
 
     def check_sparse(self, group: Group, name: str) -> None:
         # A sparse parameter decays as sparsely.
         dense = [param for param in group["params"] if param.layout == torch.strided and param.grad is not None]
         if group["weight_decay"] != 0 and any(param.grad.layout != torch.strided for param in dense):
             raise RuntimeError(f"weight_decay option is not compatible with sparse gradients ({name} has one)")
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for values in self.state.values():
-            # torch.distributed.checkpoint asks for every key of `state`, and gives {} for what state_dict() hides.
-            for name in ("momentum_begun", "momentum_buffer"):
-                if isinstance(values, dict) and isinstance(values.get(name), dict):
-                    del values[name]
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state as torch saves it: a buffer that has not begun is left out."""
-        hook = self.register_state_dict_post_hook(_as_torch, prepend=True)
-        try:
-            return super().state_dict()
-        finally:
-            hook.remove()
 
     @staticmethod
     def scalars(hyper: Scalars, scalar_states: Scalars) -> tuple[Scalars, Scalars]:
@@ -164,13 +146,3 @@ class SGD(FusedOptimizer):
         momentum_buffer.mul_(momentum).add_(grad, alpha=grad_weight)
         direction = grad.mul(scale).add_(momentum_buffer, alpha=momentum) if nesterov else momentum_buffer
         param.add_(direction, alpha=-step_size)
-
-
-def _as_torch(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    states = {}
-    for key, state in state_dict["state"].items():
-        hidden: set[str] = set()
-        if isinstance(state, dict) and "momentum_begun" in state:
-            hidden = {"momentum_begun"} if state["momentum_begun"] != 0 else {"momentum_begun", "momentum_buffer"}
-        states[key] = {name: value for name, value in state.items() if name not in hidden} if hidden else state
-    return {**state_dict, "state": states}

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from ..options import is_number, option
-from ..protocol import Group, OptimizerLike
+from ..protocol import Begun, Group, OptimizerLike
 from ..storage import dtypes, precision
 from ..storage.averaging import EMA, EMA_STEP, ema_dtype
 from ..storage.precision import ROUNDING_STEP
-from ..storage.states import check_complete, create_states
+from ..storage.states import check_complete, create_states, settle_begun
 from . import graphs, layout, sharding
 from .dry import is_simulated
 from .hyper import tuple_getter
@@ -33,7 +33,8 @@ class Entry:
     group: int
     name: str
     kernels: bool
-    scalar_names: tuple[str, ...]  # the class's, then those of stochastic rounding and averaging
+    begun_names: tuple[str, ...]  # the first of `scalar_names`: those that lie in no state
+    scalar_names: tuple[str, ...]  # the class's, and those of averaging and stochastic rounding
     state_names: tuple[str, ...]  # the class's, then `kept` and the average
     kept: str | None  # the state that holds what rounding the parameter loses
     averaged: bool
@@ -60,8 +61,13 @@ class Entry:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The keys of the parameter's state that the step reads, in the order of a gathered row."""
+        """What the step reads beside the parameter, in the order of a gathered row."""
         return self.scalar_names + self.state_names
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Those of them that lie in the parameter's state."""
+        return self.names[len(self.begun_names) :]
 
 
 def _state_picker(
@@ -115,15 +121,15 @@ def entries_of(
     index = 0
     for group_index, group in enumerate(optimizer.param_groups):
         seed = option(group, "seed") if precision.is_stochastic(group) else None
-        scalar_names = tuple(name for name in optimizer.scalar_states if optimizer.uses(name, group))
+        averaged = option(group, "ema_decay") is not None
+        used = [name for name in optimizer.scalar_states if optimizer.uses(name, group)]
+        begun_names = (*filter(optimizer.begun.__contains__, used), *([EMA_STEP] if averaged else []))
+        scalar_names = begun_names + tuple(name for name in used if name not in optimizer.begun)
         scalar_slots = tuple(
             scalar_names.index(name) if name in scalar_names else -1 for name in optimizer.scalar_states
         )
         if seed is not None:
             scalar_names += (ROUNDING_STEP,)
-        averaged = option(group, "ema_decay") is not None
-        if averaged:
-            scalar_names += (EMA_STEP,)
         state_names = tuple(name for name in optimizer.states if optimizer.uses(name, group))
         pick_states = _state_picker(optimizer.states, state_names, len(scalar_names))
         for position, param in enumerate(group["params"]):
@@ -143,6 +149,7 @@ def entries_of(
                     group=group_index,
                     name=name,
                     kernels=kernels,
+                    begun_names=begun_names,
                     scalar_names=scalar_names,
                     state_names=(*state_names, *([] if kept is None else [kept]), *([EMA] if averaged else [])),
                     kept=kept,
@@ -223,31 +230,37 @@ def check_states(optimizer: OptimizerLike, entry: Entry, param: Tensor) -> None:
                 f"state {state_name!r} of {name} is {value.dtype} of shape {tuple(value.shape)}, "
                 f"but the parameter is {param.dtype} of shape {tuple(param.shape)}"
             )
-    for state_name in entry.scalar_names:
+    for state_name in entry.scalar_names[len(entry.begun_names) :]:
         value = state.get(state_name, 0.0)
         if not (value.numel() == 1 if isinstance(value, Tensor) else is_number(value)):
             raise RuntimeError(f"state {state_name!r} of {name} must be one number, but it is {value!r}")
 
 
-def is_ready(optimizer: OptimizerLike, entry: Entry, param: Tensor) -> bool:
+def is_ready(optimizer: OptimizerLike, entry: Entry, param: Tensor, begun: Begun) -> bool:
     """Whether a parameter without a gradient, but with one before, can have its place in the plan as it is."""
     state = state_of(optimizer, param)
     held = sharding.local(param)
     if entry.grad_meta is None or entry.grad_meta[1:3] != (held.device, held.shape) or layout.overlaps_itself(held):
         return False
-    states = [state.get(name) for name in entry.names]
+    if not begun.get(param, {}).keys() >= set(entry.begun_names):
+        return False
+    states = [state.get(name) for name in entry.keys]
     return all(isinstance(value, Tensor) for value in states) and all(
         state[name].shape == param.shape and sharding.lies_as(state[name], param) for name in entry.state_names
     )
 
 
-def settle_states(optimizer: OptimizerLike, entry: Entry, param: Tensor, grad: Tensor | None) -> None:
+def settle_states(optimizer: OptimizerLike, entry: Entry, param: Tensor, grad: Tensor | None, begun: Begun) -> None:
     """Create the states that are missing, and bring the others where the backend reads them."""
     if not entry.names:
         return
     group = optimizer.param_groups[entry.group]
     state = optimizer.state[param]
-    if any(state.get(name) is None for name in entry.names):
+    if entry.begun_names:
+        flags = begun.setdefault(param, {})
+        settle_begun(optimizer, entry.begun_names, state, flags)
+        flags.update((name, _settled_scalar(value, param, entry.kernels)) for name, value in flags.items())
+    if any(state.get(name) is None for name in entry.keys):
         check_complete(optimizer, state, entry.name)
         if graphs.is_capturing():
             raise RuntimeError(
@@ -255,7 +268,7 @@ def settle_states(optimizer: OptimizerLike, entry: Entry, param: Tensor, grad: T
                 "make a step before the capture"
             )
         create_states(optimizer, param, state, group)
-    for name in entry.scalar_names:
+    for name in entry.scalar_names[len(entry.begun_names) :]:
         state[name] = _settled_scalar(state[name], param, entry.kernels)
     if entry.kept is not None:
         state[entry.kept] = state[entry.kept].to(precision.kept_dtype(entry.kept, param.dtype))

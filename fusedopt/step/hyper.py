@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..options import check_group, is_number, option, optional_keys
+from ..options import KEYS, check_group, is_number, option, optional_keys
 from ..protocol import Group, OptimizerLike
 
 Number = float | Tensor
@@ -107,7 +107,7 @@ class Hyper:
     def _put(self, index: int, name: str, value: Any) -> bool:
         """Whether a value is another one than before."""
         row = self.rows[index]
-        if name == "ema_decay":
+        if name == KEYS["ema_decay"]:
             row[-1] = float(value or 0.0)
         if name not in self._ends:
             return True

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..options import is_number, optional_keys
+from ..options import is_number, optional_keys, required_keys
 from ..protocol import OptimizerLike
-from .averaging import EMA_STEP
 from .dtypes import scalar_dtype
 from .precision import ROUNDING_STEP
 
@@ -36,7 +35,7 @@ def shield(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
     }
     groups = list(state_dict["param_groups"])
     if len(groups) == len(optimizer.param_groups):
-        options = (*optimizer.defaults, *optional_keys(optimizer), "fused")
+        options = {**required_keys(optimizer), **optional_keys(optimizer), "fused": None}
         groups = [
             {
                 **{key: own[key] for key in options if key in own},
@@ -49,7 +48,7 @@ def shield(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
 
 def unshield(key: str, value: Any, device: torch.device | None, optimizer: OptimizerLike) -> Any:
     """What becomes of a loaded state: a copy, beside its parameter; numbers become tensors."""
-    scalar_states = (*optimizer.scalar_states, ROUNDING_STEP, EMA_STEP)
+    scalar_states = (*optimizer.scalar_states, ROUNDING_STEP)
     if not isinstance(value, Shielded):
         number = key in scalar_states and is_number(value)
         return torch.tensor(float(value), dtype=scalar_dtype(), device="cpu") if number else value

@@ -39,12 +39,12 @@ def test_no_norm_of_pieces(backend):
             backward(model)
             optimizer.step()
             before = [bits(param) for param in model.parameters()]
-            optimizer.param_groups[0][option] = value
+            optimizer.param_groups[0][f"fusedopt_{option}"] = value
             for _ in range(2):
                 with pytest.raises(ValueError, match=r"parameter 0 of group 0.*model\.clip_grad_norm_"):
                     optimizer.step()
             assert [bits(param) for param in model.parameters()] == before
-            del optimizer.param_groups[0][option]
+            del optimizer.param_groups[0][f"fusedopt_{option}"]
             optimizer.step()
             fresh = fusedopt.AdamW(model.parameters(), backend=backend, **{option: value})
             with pytest.raises(ValueError, match=r"model\.clip_grad_norm_"):

@@ -229,7 +229,7 @@ def test_states_come_before_the_capture(graph):
 
 def test_the_counter_comes_before_the_capture(graph):
     optimizer = stepped(make())
-    optimizer.param_groups[0]["skip_nonfinite"] = True
+    optimizer.param_groups[0]["fusedopt_skip_nonfinite"] = True
     with graph, pytest.raises(RuntimeError, match="make a step before the capture"):
         optimizer.step()
     assert not graph.launches

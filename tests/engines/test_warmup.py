@@ -101,9 +101,9 @@ def test_dtypes_and_groups(launches):
     groups = [
         {"params": parameters(FP32, FP64, torch.complex64)},
         {"params": mixed, "amsgrad": True},
-        {"params": parameters(FP16, BF16), "master_weights": True, "state_dtype": FP32},
-        {"params": parameters(BF16, FP32), "rounding": "stochastic", "state_dtype": BF16},
-        {"params": parameters(BF16), "fused": False, "kahan": True},
+        {"params": parameters(FP16, BF16), "fusedopt_master_weights": True, "fusedopt_state_dtype": FP32},
+        {"params": parameters(BF16, FP32), "fusedopt_rounding": "stochastic", "fusedopt_state_dtype": BF16},
+        {"params": parameters(BF16), "fused": False, "fusedopt_kahan": True},
     ]
     optimizer = ADAMW.make(groups, backend="triton")
     assert_foretold(launches, optimizer, optimizer.step)
@@ -209,7 +209,7 @@ def test_what_cannot_be_warmed_up(monkeypatch):
     with pytest.raises(TypeError, match=r"the optimizers of fusedopt.*torch.optim.adam.Adam"):
         fusedopt.warmup(torch.optim.Adam(parameters(FP32)))
     optimizer = ADAMW.make(parameters(FP32), backend="triton")
-    optimizer.param_groups[0]["max_grad_norm"] = -1.0
+    optimizer.param_groups[0]["fusedopt_max_grad_norm"] = -1.0
     with pytest.raises(ValueError, match="max_grad_norm"):
         fusedopt.warmup(optimizer)
     monkeypatch.setattr("fusedopt.step.graphs.is_capturing", lambda: True)

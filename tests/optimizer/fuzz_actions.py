@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.optim.lr_scheduler import ExponentialLR
 
-from fusedopt.options import DEFAULTS, SHARED
+from fusedopt.options import KEYS, SHARED
 from fusedopt.storage.states import ADDED
 from tests.twins import snapshot
 
@@ -217,7 +217,7 @@ class Actions:
     def group_added(self, draw):
         options = {key: draw(st.sampled_from(NUMBERS[key])) for key in ("lr", "weight_decay")}
         for optimizer, p in zip((self.ours, self.theirs), self.new_pair(draw), strict=True):
-            shared = {key: value for key, value in optimizer.param_groups[0].items() if key in SHARED}
+            shared = {key: value for key, value in optimizer.param_groups[0].items() if key in map(KEYS.get, SHARED)}
             optimizer.add_param_group({"params": [p], **options, **shared})
 
     def group_boundary_moved(self, draw):
@@ -346,7 +346,7 @@ class Actions:
 
     def set_option(self, name, value):
         for group, _ in self.groups:
-            group[name] = value
+            group[KEYS[name]] = value
 
     def scaled(self, draw):
         """As GradScaler leaves the optimizer; None where it has unscaled already."""
@@ -364,7 +364,7 @@ class Actions:
 
     def evaluated_with_averages(self, draw):
         before = snapshot(self.ours)
-        if any(group.get("ema_decay") is not None for group, _ in self.groups):
+        if any(group.get(KEYS["ema_decay"]) is not None for group, _ in self.groups):
             with self.ours.swap_ema(), pytest.raises(RuntimeError, match="step within swap_ema"):
                 self.ours.step()
         assert snapshot(self.ours) == before
@@ -394,7 +394,7 @@ class Actions:
         self.theirs.load_state_dict(copy.deepcopy(self.ours.state_dict()))
         for group in self.theirs.param_groups:
             group["foreach"] = False
-            for key in DEFAULTS:
+            for key in KEYS.values():
                 group.pop(key, None)
         for name in ADDED:
             self.drop_of(self.theirs, name)

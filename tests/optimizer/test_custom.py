@@ -157,7 +157,7 @@ def test_a_state_of_its_own_dtype_stays(backend):
         param = torch.nn.Parameter(torch.ones(3, device=DEVICE))
         optimizer = own([param])
         optimizer.backend = backend
-        optimizer.param_groups[0]["state_dtype"] = option
+        optimizer.param_groups[0]["fusedopt_state_dtype"] = option
         param.grad = torch.ones_like(param)
         optimizer.step()
         assert optimizer.state[param]["memory"].dtype == expected

@@ -485,3 +485,12 @@ def test_another_backend_between_two_steps():
     train(expected, range(3))
     assert not any(entry.kernels for entry in optimizer._stepper.plan.entries)
     assert_same(optimizer, expected)
+
+
+@every_optimizer
+def test_no_class_of_torchs_own(name):
+    """By decision: who asks for one goes on to its internals, which are not here, and should hear no."""
+    optimizer = make(name, make_params())
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    assert not any(isinstance(optimizer, getattr(torch.optim, other)) for other in OPTIMIZERS)
+    assert not hasattr(optimizer, "_init_group")

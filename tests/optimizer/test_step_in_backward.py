@@ -141,10 +141,10 @@ def test_what_comes_too_late_is_refused(backend):
         scaler.step(steps.optimizer)
     backward(model, 0)
     kept = bits(model.first.weight)
-    steps.optimizer.param_groups[0]["max_grad_norm"] = 1.0
+    steps.optimizer.param_groups[0]["fusedopt_max_grad_norm"] = 1.0
     with pytest.raises(ValueError, match="max_grad_norm"):
         backward(model, 1)
-    steps.optimizer.param_groups[0]["max_grad_norm"] = None
+    steps.optimizer.param_groups[0]["fusedopt_max_grad_norm"] = None
     with steps.optimizer.swap_ema(), pytest.raises(RuntimeError, match="backward within swap_ema"):
         backward(model, 1)
     assert bits(model.first.weight) == kept

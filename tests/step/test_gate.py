@@ -160,7 +160,7 @@ def test_the_norm_is_that_of_the_last_step(backend):
     give(params)
     optimizer.step()
     assert optimizer.grad_norm is None, "nobody asked for it"
-    optimizer.param_groups[0]["max_grad_norm"] = 1.0
+    optimizer.param_groups[0]["fusedopt_max_grad_norm"] = 1.0
     optimizer.step()
     first = optimizer.grad_norm
     kept = float(first)
@@ -192,7 +192,7 @@ def test_one_value_for_all_groups(backend):
     assert snapshot(optimizer)["params"] == before["params"]
     assert optimizer.skipped_steps == 1
     for group in optimizer.param_groups:
-        group["max_grad_norm"] = np.float32(0.25)
+        group["fusedopt_max_grad_norm"] = np.float32(0.25)
     for param in params:
         param.data.zero_()
     give(params)

@@ -14,13 +14,14 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.nn import Parameter
 
 import fusedopt
+from fusedopt.options import KEYS
 from tests.conftest import DEVICE
 from tests.distributed.test_state import make_model
 from tests.distributed.test_state import train as train_model
 from tests.optimizer.test_errors import refused
 from tests.optimizer.test_state import saved_and_loaded
 from tests.step.test_grad_scaler import number
-from tests.twins import BACKENDS, bits, make_params, params_of, set_grads, train
+from tests.twins import BACKENDS, bits, in_group, make_params, params_of, set_grads, train
 
 NAN = float("nan")
 OPTIONS = {"skip_nonfinite": True, "max_grad_norm": 0.5, "ema_decay": 0.9}
@@ -97,7 +98,7 @@ def test_the_count_in_other_forms(backend, saved):
     """As trainers convert what they save."""
     optimizer = make(backend, **OPTIONS)
     state_dict = optimizer.state_dict()
-    state_dict["param_groups"][0]["skipped_steps"] = saved
+    state_dict["param_groups"][0]["fusedopt_skipped_steps"] = saved
     optimizer.load_state_dict(state_dict)
     assert optimizer.skipped_steps == 2
     assert_counted(skip(optimizer), 3)
@@ -134,9 +135,9 @@ def test_scalers_skips_are_counted_but_not_saved(backend):
     assert bits(optimizer.state_dict()) == bits(before)
     assert_counted(copy.deepcopy(optimizer), 1)
     for group in optimizer.param_groups:
-        group["skip_nonfinite"] = True
+        group["fusedopt_skip_nonfinite"] = True
     assert_counted(skip(optimizer), 2)
-    assert optimizer.state_dict()["param_groups"][0]["skipped_steps"] == 2
+    assert optimizer.state_dict()["param_groups"][0]["fusedopt_skipped_steps"] == 2
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -204,13 +205,13 @@ def test_bad_values(backend, name, value, error, match):
     for steps in (0, 2):
         train(optimizer, range(steps))
         set_grads(params_of(optimizer), 3)
-        before = optimizer.param_groups[0].get(name)
+        before = optimizer.param_groups[0].get(KEYS[name])
         for group in optimizer.param_groups:
-            group[name] = value
+            group[KEYS[name]] = value
         with refused(optimizer, error, match):
             optimizer.step()
         for group in optimizer.param_groups:
-            group[name] = before if name != "skip_nonfinite" else False
+            group[KEYS[name]] = before if name != "skip_nonfinite" else False
     train(optimizer, range(3, 4))
     twin = make(backend)
     train(twin, [0, 1, 3])
@@ -225,18 +226,18 @@ def test_what_is_one_for_all_groups(backend, name, first, second):
     one, other, third = make_params()
     match = f"{name} is one for all groups.*{first} in group 0 and {second} in group 1"
     with pytest.raises(ValueError, match=match):
-        make(backend, [{"params": [one], name: first}, {"params": [other], name: second}])
+        make(backend, [{"params": [one], KEYS[name]: first}, {"params": [other], KEYS[name]: second}])
     optimizer = make(backend, [{"params": [one]}, {"params": [other]}], **{name: first})
     with pytest.raises(ValueError, match=f"{first} in group 0 and {second} in group 2"):
-        optimizer.add_param_group({"params": [third], name: second})
+        optimizer.add_param_group({"params": [third], KEYS[name]: second})
     assert len(optimizer.param_groups) == 2
     for steps in (0, 2):
         train(optimizer, range(steps))
         set_grads([one, other], 3)
-        optimizer.param_groups[1][name] = second
+        optimizer.param_groups[1][KEYS[name]] = second
         with refused(optimizer, ValueError, match):
             optimizer.step()
-        optimizer.param_groups[1][name] = first
+        optimizer.param_groups[1][KEYS[name]] = first
         optimizer.step()
 
 
@@ -244,6 +245,6 @@ def test_other_numbers_are_numbers(backend):
     """Of numpy, and ints."""
     optimizer = make(backend, max_grad_norm=np.float64(1), ema_decay=0, skip_nonfinite=np.True_)
     train(optimizer, range(1))
-    optimizer.param_groups[0].update(max_grad_norm=2, ema_decay=np.float32(0.5))
+    optimizer.param_groups[0].update(in_group(max_grad_norm=2, ema_decay=np.float32(0.5)))
     train(optimizer, range(1))
     assert optimizer.grad_norm > 0

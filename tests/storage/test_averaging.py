@@ -105,7 +105,7 @@ def test_stays_where_its_parameter_does(backend):
     set_grads(params, 0)
     params[1].grad.fill_(float("inf"))
     optimizer.step()
-    assert [float(optimizer.state[param]["ema_step"]) for param in params] == [0, 0, 0]
+    assert not any("ema" in state for state in optimizer.state_dict()["state"].values()), "no average has begun"
     train(optimizer, [1])
     train(optimizer, [2])
     before = everything(optimizer)
@@ -117,15 +117,14 @@ def test_stays_where_its_parameter_does(backend):
     optimizer.step()
     first, *others = (optimizer.state[param] for param in params)
     assert bits(first["ema"]) == before[1][0]["ema"]
-    assert [float(state["ema_step"]) for state in (first, *others)] == [2, 3, 3]
     assert all(bits(state["ema"]) != old["ema"] for state, old in zip(others, before[1][1:], strict=True))
 
 
 def test_groups_may_differ(backend):
     params = make_params(FP32)
     groups = [
-        {"params": params[:1], "ema_decay": 0.5},
-        {"params": params[1:2], "ema_decay": 0.9},
+        {"params": params[:1], "fusedopt_ema_decay": 0.5},
+        {"params": params[1:2], "fusedopt_ema_decay": 0.9},
         {"params": params[2:]},
     ]
     optimizer = make(backend, groups, ema_decay=None)
@@ -160,17 +159,17 @@ def test_is_switched_on_and_off(backend):
     twin = make(backend, ema_decay=None)
     (group,) = optimizer.param_groups
     train(optimizer, [0])
-    group["ema_decay"] = 0.9
+    group["fusedopt_ema_decay"] = 0.9
     train(optimizer, [1])
     assert list(map(bits, averages(optimizer))) == list(map(bits, params_of(optimizer)))
     train(optimizer, [2])
     kept = list(map(bits, averages(optimizer)))
-    group["ema_decay"] = None
+    group["fusedopt_ema_decay"] = None
     train(optimizer, [3])
     assert list(map(bits, averages(optimizer))) == kept
     with pytest.raises(RuntimeError, match="ema_decay"), optimizer.swap_ema():
         pass
-    group["ema_decay"] = 0.5
+    group["fusedopt_ema_decay"] = 0.5
     before = [exact(ema) for ema in averages(optimizer)]
     train(optimizer, [4])
     for param, ema, old in zip(params_of(optimizer), averages(optimizer), before, strict=True):
@@ -315,7 +314,8 @@ def test_without_averages(backend):
         optimizer.swap_ema(),
     ):
         pass
-    optimizer = make(backend, [{"params": make_params(FP16)}, {"params": make_params(FP32), "ema_decay": None}])
+    groups = [{"params": make_params(FP16)}, {"params": make_params(FP32), "fusedopt_ema_decay": None}]
+    optimizer = make(backend, groups)
     before = list(map(bits, params_of(optimizer)))
     with optimizer.swap_ema():  # nothing has stepped
         assert list(map(bits, params_of(optimizer))) == before

@@ -67,7 +67,7 @@ def test_a_checkpoint_without_a_master_begins_with_the_parameter(backend):
     theirs.step()
     ours = fusedopt.Adam([param], lr=0.0, master_weights=True, backend=backend)
     ours.load_state_dict(theirs.state_dict())
-    assert ours.param_groups[0]["master_weights"] is True
+    assert ours.param_groups[0]["fusedopt_master_weights"] is True
     ours.param_groups[0]["lr"] = 0.0
     ours.step()
     assert torch.equal(ours.state[param]["master_param"], param.detach().float())
@@ -86,7 +86,7 @@ def test_a_master_of_another_dtype_becomes_fp32(backend):
 
 def test_kahan_keeps_small_updates(backend):
     params = [torch.nn.Parameter(torch.ones(3, dtype=BF16, device=DEVICE)) for _ in range(2)]
-    groups = [{"params": [params[0]], "kahan": True}, {"params": [params[1]]}]
+    groups = [{"params": [params[0]], "fusedopt_kahan": True}, {"params": [params[1]]}]
     optimizer = fusedopt.SGD(groups, lr=1.0, backend=backend)
     for _ in range(100):
         for param in params:

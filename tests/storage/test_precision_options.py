@@ -11,7 +11,7 @@ from tests.cases import BF16, FP16, FP32
 from tests.conftest import DEVICE
 from tests.optimizer.test_custom import readme_class  # noqa: F401
 from tests.storage.test_precision_state import between_two, every_mode, make_params
-from tests.twins import BACKENDS, bits, set_grads, snapshot, train
+from tests.twins import BACKENDS, bits, in_group, set_grads, snapshot, train
 
 pytestmark = pytest.mark.parametrize("backend", BACKENDS)
 
@@ -94,10 +94,10 @@ def test_errors_say_which_and_why(backend, dtype, options, message):
         return
     optimizer = fusedopt.Adam(params, backend=backend)
     with pytest.raises((ValueError, TypeError), match=message.replace("group 0", "group 1")):
-        optimizer.add_param_group({"params": make_params(dtype), **options})
+        optimizer.add_param_group({"params": make_params(dtype), **in_group(**options)})
     assert len(optimizer.param_groups) == 1
     train(optimizer, range(1))
-    optimizer.param_groups[0].update(options)
+    optimizer.param_groups[0].update(in_group(**options))
     set_grads(params, 1)
     before = snapshot(optimizer)
     with pytest.raises((ValueError, TypeError), match=message):
@@ -127,7 +127,7 @@ def test_options_switched_on_and_off_between_steps(backend):
             {"kahan": False},
         ]
     ):
-        optimizer.param_groups[0].update(options)
+        optimizer.param_groups[0].update(in_group(**options))
         train(optimizer, range(step, step + 1))
         state = optimizer.state[optimizer.param_groups[0]["params"][0]]
         assert ("master_param" in state) == (step >= 1)
@@ -156,11 +156,11 @@ def test_an_error_is_raised_again_and_the_option_not_lost(backend):
     param = between_two(4)
     optimizer = fusedopt.SGD([param], lr=1.0, backend=backend)
     optimizer.step()
-    optimizer.param_groups[0].update(kahan=True, master_weights=True)
+    optimizer.param_groups[0].update(in_group(kahan=True, master_weights=True))
     for _ in range(2):
         with pytest.raises(ValueError, match="choose one"):
             optimizer.step()
-    optimizer.param_groups[0]["kahan"] = False
+    optimizer.param_groups[0]["fusedopt_kahan"] = False
     optimizer.param_groups[0]["params"].append("none")
     with pytest.raises(TypeError, match="must be a Tensor"):
         optimizer.step()
@@ -174,7 +174,7 @@ def test_groups_have_only_the_options_that_differ(backend):
     params = make_params(BF16)
     optimizer = fusedopt.SGD(params, lr=0.1, momentum=0.9, backend=backend)
     assert optimizer.param_groups[0].keys() == torch.optim.SGD(params, lr=0.1).param_groups[0].keys()
-    optimizer = fusedopt.SGD([{"params": params, "kahan": False}], lr=0.1, kahan=True, seed=0, backend=backend)
+    optimizer = fusedopt.SGD([{"params": params, "fusedopt_kahan": False}], lr=0.1, kahan=True, seed=0, backend=backend)
     assert not optimizer.param_groups[0].keys() & {"kahan", "seed"}
     train(optimizer, range(1))
     assert len(optimizer.state) == 0

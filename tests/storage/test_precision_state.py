@@ -182,7 +182,7 @@ def test_replicas_agree(backend):
 
 def test_groups_have_their_own_seeds_and_a_new_one_is_noticed(backend):
     params = [between_two(), between_two()]
-    groups = [{"params": params[:1], "seed": 3}, {"params": params[1:], "rounding": "nearest"}]
+    groups = [{"params": params[:1], "fusedopt_seed": 3}, {"params": params[1:], "fusedopt_rounding": "nearest"}]
     optimizer = stochastic_sgd(groups, backend)
     optimizer.step()
     first = decisions(params[0])
@@ -194,7 +194,7 @@ def test_groups_have_their_own_seeds_and_a_new_one_is_noticed(backend):
     assert torch.equal(decisions(alone), first)
     for optimizer_of, param in ((optimizer, params[0]), (stochastic_sgd([alone], backend, seed=4), alone)):
         param.data.fill_(1)
-        optimizer_of.param_groups[0]["seed"] = 4
+        optimizer_of.param_groups[0]["fusedopt_seed"] = 4
         optimizer_of.state[param]["rounding_step"] = 0
         optimizer_of.step()
     assert torch.equal(decisions(alone), decisions(params[0]))
@@ -228,9 +228,9 @@ def test_loaded_states_keep_their_dtype(backend):
 
 
 def states_of(model, optimizer):
-    """Their bits, but for the number that `state_dict()` hides."""
+    """Their bits."""
     states = [optimizer.state[param] for param in model.parameters()]
-    return [{key: bits(value) for key, value in state.items() if key != "momentum_begun"} for state in states]
+    return [{key: bits(value) for key, value in state.items()} for state in states]
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -283,7 +283,7 @@ def test_the_seed_is_saved(backend):
     optimizers = [stochastic_sgd(params, backend) for params in (unbroken, first)]
     for optimizer in optimizers:
         optimizer.step()
-    assert optimizers[1].param_groups[0]["seed"] == 0
+    assert optimizers[1].param_groups[0]["fusedopt_seed"] == 0
     resumed = twin_params(optimizers[1])
     other = stochastic_sgd(resumed, backend, seed=9)
     other.load_state_dict(saved_and_loaded(optimizers[1].state_dict()))
