@@ -56,6 +56,16 @@ def check_declaration(optimizer: type[OptimizerLike], base: type[OptimizerLike],
     _check_returns(name, update, {"param": None, "states": len(optimizer.states)})
 
 
+def argument_defaults(optimizer: type[OptimizerLike]) -> dict[str, Any]:
+    """The defaults of a class's arguments that are keys of its param groups: what an old pickle lacks."""
+    keys = {*optimizer.hyperparameters, *optimizer.options, "foreach", "capturable", "differentiable"}
+    defaults: dict[str, Any] = {}
+    for cls in reversed(optimizer.__mro__):
+        arguments = inspect.signature(vars(cls)["__init__"]).parameters if "__init__" in vars(cls) else {}
+        defaults.update({name: argument.default for name, argument in arguments.items() if name in keys})
+    return {name: default for name, default in defaults.items() if default is not inspect.Parameter.empty}
+
+
 def _check_returns(name: str, function: Any, counts: Mapping[str, int | None]) -> None:
     """Compare the tuples that a device function returns, as its source writes them, with what is expected."""
     for returned in _returns(function.fn):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .declaration import check_declaration
+from .declaration import argument_defaults, check_declaration
 from .engines.choice import BACKENDS, triton_is_installed, why_no_kernels
 from .options import check_group, required_keys, settle_options
 from .protocol import Group, Scalars, States
@@ -349,13 +349,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         return {**super().__getstate__(), "backend": self.backend, "_stepper": copy.copy(self._stepper)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        loaded = state["state"]
+        loaded = state.get("state", {})
         for owner, values in loaded.items():
             if isinstance(values, dict):
                 device = owner.device if isinstance(owner, Tensor) else None
                 loaded[owner] = {key: unshield(key, value, device, self) for key, value in values.items()}
         super().__setstate__(state)
         self._stepper.forget()
+        self.defaults.update({**argument_defaults(type(self)), **self.defaults})
         if "_stepper" not in state:
             self._stepper.begun = {}
         for values in self.state.values():

@@ -7,7 +7,8 @@ and says whether the plan still describes them.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import chain, islice
 from operator import add, is_, itemgetter
@@ -17,12 +18,13 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .engines.choice import check_reach, use_kernels
+from .engines.choice import check_dtypes, check_reach, use_kernels
 from .engines.reference import ReferenceStep
 from .engines.triton import KernelStep
 from .options import option
 from .protocol import Begun, OptimizerLike
 from .step import graphs
+from .step.dry import is_dry
 from .step.entry import Entry, check, check_states, entries_of, is_plain, is_ready, param_name, settle_states
 from .step.gate import Gate
 from .step.hyper import Hyper, tuple_getter
@@ -67,6 +69,9 @@ class Plan:
             elif entry.grad_meta is not None and is_ready(optimizer, entry, param, begun):
                 self.entries.append(entry)
         for entry in self.entries:
+            if entry.kernels:
+                check_dtypes(optimizer, entry, params[entry.index])
+        for entry in self.entries:
             settle_states(optimizer, entry, params[entry.index], grads[entry.index], begun)
 
         self.uses = used_states(optimizer)
@@ -86,6 +91,7 @@ class Plan:
                 flags = begun.get(params[entry.index], {})
                 self._begun[entry.row] = tuple(flags[name] for name in entry.begun_names)
         self._getters = list(map(tuple_getter, names))
+        self._has_names = list(map(bool, names))
         inside = [entry.index for entry in self.entries]
         self._outside = sorted(set(range(len(params))).difference(inside))
         self._pick = tuple_getter(inside) if self._outside else tuple
@@ -96,6 +102,7 @@ class Plan:
             entry.part = self._ranks.part_of[entry.index]
         # Where the host decides it waits anyway; that is so on all ranks or on none.
         self._compares_ranks = DEBUG or not any(entry.kernels for entry in everything)
+        self._is_dry = is_dry(opened(params)[0])
         live = self.read(optimizer, params, grads)
         self._specs = live.specs
         # Sparse states and fake tensors have no address: with one of them every step makes a new plan.
@@ -107,11 +114,12 @@ class Plan:
         for entry, param in zip(self.entries, live.params, strict=True):
             entry.plain = is_plain(entry, param, live.rows[entry.row][len(entry.scalar_names) :])
         in_kernels = [entry.kernels for entry in self.entries]
-        self._reference = None if all(in_kernels) else ReferenceStep(self.entries)
+        self._reference = None if all(in_kernels) else ReferenceStep(self.entries, live)
         self._kernels = KernelStep(optimizer, self.entries, live, hyper.count) if any(in_kernels) else None
         self.device = torch.device("cpu") if self._kernels is None else self._kernels.device  # where it is decided
         # The reference works on the tensors themselves, wherever they lie.
-        self._watch = Watch(live.watched, addresses=self._watchable and self._kernels is not None)
+        watched = live.watched if self._watchable else []
+        self._watch = Watch(watched, addresses=self._watchable and self._kernels is not None)
 
     def grad_metas(self) -> dict[int, tuple[Any, ...] | None]:
         """By the id of the parameter, how its gradient last lay."""
@@ -128,7 +136,7 @@ class Plan:
             local_grads: what this rank holds of their gradients; None where nothing is sharded.
         """
         # In the order of `optimizer.state`: looking a parameter up would hash it, which torch does in Python.
-        rows = [get(state) for get, state in zip(self._getters, optimizer.state.values(), strict=True)]
+        rows = [get(state) for get, state in zip(self._getters, self._states(optimizer.state), strict=True)]
         params = self._pick(params)
         grads = [param.grad for param in params] if local_grads is None else self._pick(local_grads)
         watched = [*params, *chain.from_iterable(rows)]
@@ -142,6 +150,12 @@ class Plan:
             rows = list(map(add, self._begun, rows))
         rows.append(())  # of an entry without states, at -1
         return Live(params, grads, rows, watched, [grad for grad in grads if grad is not None], specs)
+
+    def _states(self, states: Mapping[Tensor, Any]) -> Iterable[Any]:
+        """The states of all parameters. A mapping that loads what it is asked for is asked for what a step reads."""
+        if type(states) in (dict, defaultdict):
+            return states.values()
+        return [states[param] if reads else None for param, reads in zip(list(states), self._has_names, strict=True)]
 
     def gather(self, optimizer: OptimizerLike, local_grads: Sequence[Tensor | None] | None) -> Live | None:
         """The tensors of this step if all of them are where and what the plan says, else None."""
@@ -172,7 +186,8 @@ class Plan:
 
     def run(self, optimizer: OptimizerLike, live: Live, hyper: Hyper, gate: Gate) -> None:
         """Step every parameter that has a gradient, if the gate lets the step pass."""
-        if gate.needs_ranks and self._ranks:
+        gate.is_dry = self._is_dry
+        if gate.needs_ranks and self._ranks and not self._is_dry:
             gate.ranks = self._ranks
             if self._compares_ranks and not graphs.is_capturing():
                 self._compare_ranks(optimizer, live)

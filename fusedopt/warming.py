@@ -12,7 +12,7 @@ from .engines.tables import Item, Tables
 from .engines.triton import signature_of
 from .optimizer import FusedOptimizer
 from .step import graphs
-from .step.entry import entries_of, param_name
+from .step.entry import entries_of, param_name, state_of
 from .step.gate import Gate
 from .step.hyper import Hyper
 from .step.sharding import local, local_grads
@@ -65,7 +65,7 @@ def _signatures(optimizer: FusedOptimizer) -> dict[torch.device, dict[Signature,
         if entry.grad_meta is None and not param.requires_grad:
             continue
         entry.grad_meta = entry.grad_meta or (param.dtype,)
-        states = dict(optimizer.state.get(param, {}))
+        states = dict(state_of(optimizer, param))
         if any(states.get(name) is None for name in entry.state_names):
             # Of one element, since only their dtypes matter. On the device: a subclass may look at the values.
             small = torch.zeros((1,) * param.dim(), dtype=param.dtype, device=local(param).device)

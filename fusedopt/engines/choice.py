@@ -5,7 +5,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ..protocol import Group
+from ..protocol import Group, OptimizerLike
+from ..step.entry import Entry, state_of
+from ..step.layout import has_own_memory
 from ..step.sharding import local
 from ..storage.dtypes import real_dtype
 
@@ -36,12 +38,14 @@ def why_no_kernels(param: Tensor, *, interpreted: bool = False) -> str | None:
         return "it is on the CPU, where Triton runs only in its interpreter (set TRITON_INTERPRET=1 before the start)"
     if not on_cpu and triton_interprets():
         return "Triton's interpreter, which TRITON_INTERPRET=1 has turned on, reaches only the memory of the CPU"
+    if param.layout != torch.strided:
+        return f"it is {param.layout}"
+    if not has_own_memory(type(param)):
+        return f"the memory of a {type(param).__name__} is not its own"
     if param.device.type not in ("cpu", "cuda", "xpu") or not _drives(param.device):
         return f"Triton does not drive its device, {param.device}"
     if real_dtype(param.dtype) not in KERNEL_DTYPES:
         return f"the kernels do not know its dtype, {param.dtype}"
-    if type(param).__torch_dispatch__ is not Tensor.__torch_dispatch__:
-        return f"the memory of a {type(param).__name__} is not its own"
     return None
 
 
@@ -55,6 +59,18 @@ def check_reach(name: str, param: Tensor, grad: Tensor) -> None:
         raise RuntimeError(f"{name} or its gradient has no memory that a kernel can reach")
 
 
+def check_dtypes(optimizer: OptimizerLike, entry: Entry, param: Tensor) -> None:
+    """Raise for a gradient or a state, of a parameter of the kernels, that these cannot read."""
+    state = state_of(optimizer, param)
+    stored = {f"state {name!r}": state[name].dtype for name in optimizer.states if state.get(name) is not None}
+    for what, dtype in {"gradient": entry.grad_dtype, **stored}.items():
+        if real_dtype(dtype) not in KERNEL_DTYPES:
+            raise RuntimeError(
+                f"the kernels cannot step {entry.name}: they do not know the dtype of its {what}, {dtype}; "
+                "backend='eager' does"
+            )
+
+
 @cache
 def triton_is_installed() -> bool:
     """Whether Triton can be imported. Asked once, and quietly."""
@@ -65,6 +81,7 @@ def triton_is_installed() -> bool:
     return True
 
 
+@cache
 def triton_interprets() -> bool:
     """Whether the kernels run in Triton's interpreter, on the CPU. Fixed when Triton is first imported."""
     if not triton_is_installed():

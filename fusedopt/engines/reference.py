@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..protocol import OptimizerLike, Scalars
-from ..step import layout
+from ..step import dry, layout
 from ..step.entry import Entry
 from ..step.gate import Gate
 from ..step.hyper import Hyper, Number, tuple_getter
@@ -21,13 +22,19 @@ from ..storage.precision import KAHAN_COMP, MASTER_PARAM
 class ReferenceStep:
     """The entries of a plan that the reference steps."""
 
-    def __init__(self, entries: Sequence[Entry]) -> None:
+    def __init__(self, entries: Sequence[Entry], live: Live) -> None:
         mine = [(position, entry) for position, entry in enumerate(entries) if not entry.kernels]
         positions, self._entries = zip(*mine, strict=True)
         self._pick = tuple_getter(positions) if len(mine) < len(entries) else tuple
         self._counts_steps = any(entry.scalar_names for entry in self._entries)
         self._version = -1  # of the numbers from which the scalars have been computed
         self._scalars: _Scalars
+        # A sixth less for every operation than under no_grad. This is what torch.inference_mode() does, without its two
+        # calls in Python, which take as long as stepping a small tensor. What an operation makes is of no use to
+        # autograd, and here nothing is kept but by tensors that hold others: these may replace what they hold.
+        kinds = {*map(type, live.watched), *map(type, live.present)}
+        inference_mode: Callable[[], Any] = partial(torch._C._InferenceMode, True)
+        self._mode = inference_mode if all(map(layout.has_own_memory, kinds)) else torch.no_grad
 
     def read_gradients(self, live: Live, gate: Gate) -> None:
         """Tell the gate what the gradients are like."""
@@ -42,16 +49,17 @@ class ReferenceStep:
             if skip:
                 return
         if self._counts_steps or hyper.version != self._version or hyper.on_device:
-            self._version, self._scalars = hyper.version, _Scalars(optimizer, hyper.rows)
+            self._version, self._scalars = (
+                hyper.version,
+                _Scalars(optimizer, hyper.rows, dry.item if gate.is_dry else Tensor.item),
+            )
         computed = self._scalars
         reference = optimizer.reference
         no_states = (None,) * len(optimizer.states)
         rounding_step = _rounding_step(gate) if live.present else 0
         group = -1
         scalars: Scalars = ()
-        # A sixth less for every operation than under no_grad, and nothing made here is kept. This is what
-        # torch.inference_mode() does, without its two calls in Python, which take as long as stepping a small tensor.
-        with torch._C._InferenceMode(True):
+        with self._mode():
             for entry, param, grad in zip(self._entries, self._pick(live.params), self._pick(live.grads), strict=True):
                 if grad is None:
                     continue
@@ -73,15 +81,18 @@ class ReferenceStep:
 class _Scalars:
     """The scalars that numbers give, computed once for all parameters of a group that have made as many steps."""
 
-    def __init__(self, optimizer: OptimizerLike, numbers: Sequence[Sequence[Number]]) -> None:
+    def __init__(
+        self, optimizer: OptimizerLike, numbers: Sequence[Sequence[Number]], item: Callable[[Tensor], float]
+    ) -> None:
         self._compute = optimizer.scalars
+        self._item = item
         self._numbers = numbers
         self._ones = (1.0,) * len(optimizer.scalar_states)
         self._computed: dict[tuple[int, Scalars], tuple[Scalars, Scalars]] = {}
 
     def advance(self, entry: Entry, row: Row) -> Scalars:
         """Advance the scalar states of a parameter, and return its scalars."""
-        values = tuple([row[slot].item() if slot >= 0 else 1.0 for slot in entry.scalar_slots])
+        values = tuple([self._item(row[slot]) if slot >= 0 else 1.0 for slot in entry.scalar_slots])
         scalars, advanced = self._of(entry.group, values)
         for slot, old, new in zip(entry.scalar_slots, values, advanced, strict=True):
             if slot >= 0 and new != old:
@@ -146,7 +157,7 @@ def _widened(
 def _average(entry: Entry, row: Row, weights: Tensor, decay: float) -> None:
     """Move the average of a parameter towards its new weights."""
     ema, ema_step = row[-1], row[len(entry.begun_names) - 1]  # which come last among the states, and these numbers
-    steps = ema_step.item()
+    steps = dry.item(ema_step)
     average = _widen(ema, weights.dtype)
     average.lerp_(weights, 1 - decay if steps else 1.0)
     _narrow(ema, average)
@@ -156,7 +167,7 @@ def _average(entry: Entry, row: Row, weights: Tensor, decay: float) -> None:
 def _rounding_step(gate: Gate) -> int:
     """How many steps have been rounded at random, this one included."""
     counter, advance = gate.take_rounding_step()
-    return 0 if counter is None else int(counter.add_(advance))
+    return 0 if counter is None else int(dry.item(counter.add_(advance)))
 
 
 class _Rounding:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -26,9 +27,19 @@ SQUARES_CHUNK_SIZE = 16 * SQUARES_BLOCK_SIZE  # one look-up serves many elements
 SQUARES_PROGRAMS = {False: 1024, True: 4}
 
 
+_interpreter = Lock()  # has one grid for all threads
+
+
 def launch(kernel: Any, programs: int, *args: Any, enable_fp_fusion: bool, **options: Any) -> None:
     """Every kernel of fusedopt starts here, told whether products and sums are fused: Triton's default changes."""
-    kernel[(programs,)](*args, enable_fp_fusion=enable_fp_fusion, **options)
+    interprets = triton_interprets()
+    if interprets:
+        _interpreter.acquire()
+    try:
+        kernel[(programs,)](*args, enable_fp_fusion=enable_fp_fusion, **options)
+    finally:
+        if interprets:
+            _interpreter.release()
 
 
 @dataclass(frozen=True)

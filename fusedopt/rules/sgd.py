@@ -117,7 +117,9 @@ class SGD(FusedOptimizer):
             state["momentum_buffer"] = torch.zeros_like(like, dtype=state_dtype(param, group))
 
     def check_sparse(self, group: Group, name: str) -> None:
-        if group["weight_decay"] != 0:
+        # A sparse parameter decays as sparsely.
+        dense = [param for param in group["params"] if param.layout == torch.strided and param.grad is not None]
+        if group["weight_decay"] != 0 and any(param.grad.layout != torch.strided for param in dense):
             raise RuntimeError(f"weight_decay option is not compatible with sparse gradients ({name} has one)")
 
     @staticmethod

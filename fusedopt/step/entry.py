@@ -17,6 +17,7 @@ from ..storage import dtypes, precision
 from ..storage.averaging import EMA, EMA_STEP, ema_dtype
 from ..storage.states import check_complete, create_states, settle_begun
 from . import graphs, layout, sharding
+from .dry import is_simulated
 from .hyper import tuple_getter
 from .live import Row
 from .watch import meta
@@ -94,6 +95,13 @@ def _name(optimizer: OptimizerLike, group_index: int, position: int) -> str:
     return f"{name} ({names[position]!r})" if position < len(names) else name
 
 
+def state_of(optimizer: OptimizerLike, param: Tensor) -> Any:
+    """The state of a parameter, an empty one without one. A mapping may load what it is asked for as torch asks."""
+    if param not in optimizer.state:
+        return {}
+    return optimizer.state[param]
+
+
 def entries_of(
     optimizer: OptimizerLike,
     grads: Sequence[Tensor | None],
@@ -129,7 +137,7 @@ def entries_of(
             grad_meta = meta(grad) if grad is not None else known.get(id(param))
             if grad is None and grad_meta is not None and grad_meta[4] != torch.strided:
                 grad_meta = None  # a sparse gradient says nothing about the next one
-            kernels = in_kernels(group, param) and (grad is None or not grad.is_sparse)
+            kernels = in_kernels(group, param) and (grad is None or grad.layout == torch.strided)
             kept = precision.kept_state(param, group)
             entries.append(
                 Entry(
@@ -159,11 +167,13 @@ def check(optimizer: OptimizerLike, entry: Entry, param: Tensor, grad: Tensor) -
     name, whole = entry.name, param
     param = sharding.local(param)
     sharding.check_placements(whole, name)
+    if param.layout != torch.strided:
+        _check_sparse_param(entry, param, grad, optimizer.param_groups[entry.group])
     if grad.layout != torch.strided:
         optimizer.check_sparse(optimizer.param_groups[entry.group], name)
         if entry.seed is not None:
             raise RuntimeError(f"rounding='stochastic' does not support sparse gradients ({name} has one)")
-    if entry.seed is not None and type(param).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+    if entry.seed is not None and not (layout.has_own_memory(type(param)) or is_simulated(param)):
         raise RuntimeError(f"rounding='stochastic' does not support {name}: it is a {type(param).__name__}")
     if grad.device != param.device:
         raise RuntimeError(f"{name} is on {param.device}, but its gradient is on {grad.device}")
@@ -177,10 +187,25 @@ def check(optimizer: OptimizerLike, entry: Entry, param: Tensor, grad: Tensor) -
         raise RuntimeError(f"{name} is expanded: several of its elements share one place in memory")
 
 
+def _check_sparse_param(entry: Entry, param: Tensor, grad: Tensor, group: Group) -> None:
+    if param.layout not in (torch.sparse_coo, torch.sparse_csr):
+        raise RuntimeError(f"{entry.name} is {param.layout}, which torch does not add: use COO or CSR")
+    converted = dtypes.real_dtype(param.dtype).itemsize == 2 or precision.state_dtype(param, group) != param.dtype
+    if converted and param.layout == torch.sparse_csr:
+        raise RuntimeError(f"{entry.name} is CSR, which only fp32 and fp64 can be, states too: torch converts none")
+    if entry.kept or entry.averaged:
+        raise RuntimeError(f"{entry.name} is sparse, which master_weights, kahan and ema_decay do not support")
+    if grad.layout != param.layout or grad.dense_dim() != param.dense_dim():
+        raise RuntimeError(
+            f"{entry.name} is {param.layout} with {param.dense_dim()} dense dimensions, "
+            f"but its gradient is {grad.layout} with {grad.dense_dim()}"
+        )
+
+
 def check_states(optimizer: OptimizerLike, entry: Entry, param: Tensor) -> None:
     """Raise for states that are there and do not fit their parameter."""
     name = entry.name
-    state = optimizer.state.get(param, {})
+    state = state_of(optimizer, param)
     if not isinstance(state, dict):
         raise TypeError(f"the state of {name} must be a dict, but it is {state!r}")
     for state_name in entry.state_names:
@@ -210,7 +235,7 @@ def check_states(optimizer: OptimizerLike, entry: Entry, param: Tensor) -> None:
 
 def is_ready(optimizer: OptimizerLike, entry: Entry, param: Tensor, begun: Begun) -> bool:
     """Whether a parameter without a gradient, but with one before, can have its place in the plan as it is."""
-    state = optimizer.state.get(param, {})
+    state = state_of(optimizer, param)
     held = sharding.local(param)
     if entry.grad_meta is None or entry.grad_meta[1:3] != (held.device, held.shape) or layout.overlaps_itself(held):
         return False
@@ -282,6 +307,8 @@ def _settled_state(value: Tensor, param: Tensor, grad: Tensor | None, kernels: b
 def is_plain(entry: Entry, param: Tensor, states: Row) -> bool:
     """Whether the reference can work on the tensors themselves, in their own dtype."""
     dtype = dtypes.compute_dtype(param)
+    if param.is_complex() and param.layout != torch.strided:  # has no parts, and its updates are linear
+        dtype = param.dtype
     return (
         entry.seed is None
         and all(tensor.dtype == dtype and layout.is_raw(tensor) for tensor in (param, *states))

@@ -12,7 +12,9 @@ from torch import Tensor
 from ..options import PREFIX
 from ..protocol import Group
 from . import graphs
+from .dry import is_simulated
 from .hyper import Hyper
+from .layout import has_own_memory
 from .ranks import Ranks
 
 
@@ -40,6 +42,7 @@ class Gate:
         self.ranks: Ranks | None = None  # of the mesh on which parameters are sharded
         self.partials: list[Tensor] = []  # float64 [n, 2]: sums of squares, and 0 where all was finite
         self._of_shards: list[tuple[int, Tensor]] = []  # the same, with the part that `ranks` are to add up
+        self.is_dry = False
         self._asked = False
         self.decided = False
         self.grad_norm: Tensor | None = None  # float64, once it is known
@@ -75,7 +78,7 @@ class Gate:
         """Add gradients that no kernel reads, each with the name and the part of its parameter."""
         together: dict[tuple[int, torch.device], list[Tensor]] = {}
         for name, part, grad in grads:
-            if type(grad).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+            if not (has_own_memory(type(grad)) or is_simulated(grad)):
                 raise RuntimeError(
                     f"max_grad_norm and skip_nonfinite do not know the whole gradient of {name}: "
                     f"it is a {type(grad).__name__}"
@@ -114,15 +117,20 @@ class Gate:
 
     @torch.no_grad()
     def decide(self) -> tuple[bool, float]:
-        """(whether the step is skipped, what the gradients are multiplied by), on the host, which waits for them."""
+        """(whether the step is skipped, what the gradients are multiplied by), on the host, which waits for them.
+
+        A dry run is not skipped, nor does it know what to multiply by.
+        """
         self.decided = True
-        scale = 1.0 if self.grad_scale is None else float(self.grad_scale)
-        skip = self.found_inf is not None and float(self.found_inf) != 0
+        scale = 1.0 if self.grad_scale is None or self.is_dry else float(self.grad_scale)
+        skip = self.found_inf is not None and not self.is_dry and float(self.found_inf) != 0
         factor = 1 / scale if scale else math.inf
         if self.partials:
             squares, not_finite = self.partials_on(self.partials[-1].device).sum(dim=0)
             grad_norm = squares.sqrt() * factor
             self.grad_norm = grad_norm if self.grad_norm is None else self.grad_norm
+            if self.is_dry:
+                return False, 1.0
             skip = skip or (self.skip_nonfinite and bool(not_finite != 0))
             if self.max_grad_norm is not None:
                 factor *= float((self.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0))
@@ -155,13 +163,20 @@ def settled_counter(group: Group, key: str, counter: Tensor | int, device: torch
 
 def _sums(grads: Sequence[Tensor]) -> Tensor:
     """[sum of squares, 0 if all elements are finite] of each gradient, in float64."""
-    values = [grad if grad.layout == torch.strided else grad.coalesce().values() for grad in grads]
+    values = list(map(_values, grads))
     norms = torch.stack([torch.linalg.vector_norm(value, dtype=_wide_dtype(value)) for value in values])
     not_finite = ~norms.isfinite()  # nor is an element then: no sum of squares of fewer bits overflows in float64
     for i, value in enumerate(values):
         if value.dtype in (torch.float64, torch.complex128):
             not_finite[i] = ~value.isfinite().all()
     return torch.stack([norms.square(), not_finite.double()], dim=1)
+
+
+def _values(grad: Tensor) -> Tensor:
+    """The elements of a gradient that are not certainly 0."""
+    if grad.layout != torch.strided:
+        grad = (grad.coalesce() if grad.is_sparse else grad).values()
+    return grad.float() if grad.dtype.itemsize == 1 else grad  # which torch does not promote by itself
 
 
 def _wide_dtype(grad: Tensor) -> torch.dtype:

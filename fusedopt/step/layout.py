@@ -4,6 +4,11 @@ import torch
 from torch import Tensor
 
 
+def has_own_memory(kind: type[Tensor]) -> bool:
+    """Whether tensors of a class are numbers in memory, not what the class makes of other tensors."""
+    return kind.__torch_dispatch__ is Tensor.__torch_dispatch__
+
+
 def lie(tensor: Tensor) -> tuple[tuple[int, int], ...]:
     """(size, stride) of every dimension that decides the order of the elements; size 1 decides nothing."""
     return tuple((size, stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size != 1)
@@ -28,7 +33,8 @@ def is_raw(tensor: Tensor) -> bool:
 
 def overlaps_itself(tensor: Tensor) -> bool:
     """Whether two indices certainly share memory, as in an expanded tensor."""
-    return tensor.numel() > 1 and any(stride == 0 for _, stride in lie(tensor))
+    is_strided = tensor.layout == torch.strided
+    return is_strided and any(stride == 0 for _, stride in lie(tensor)) and tensor.numel() > 1
 
 
 def dense_stride(tensor: Tensor) -> tuple[int, ...]:

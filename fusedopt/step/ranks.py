@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .dry import communicates
 from .sharding import local, spec_of
 
 
@@ -101,6 +102,8 @@ class Ranks:
             has_grad: whether each parameter has a gradient on this rank.
             names: of the parameters.
         """
+        if not all(communicates(group.ranks) for group in self._groups):
+            return
         mine = [has_grad[index] for index in self._sharded]
         # All of n numbers are equal if and only if n times the sum of their squares is the square of their sum.
         # 20 bits keep that exact for 8192 ranks.

@@ -140,8 +140,8 @@ def first_element(param: Tensor) -> int:
         first, rows = 0, shape[0] if shape else 1
         for _, size, place in split:
             chunk = -(-rows // size)
-            start = min(place * chunk, rows)
-            first, rows = first + start, min(chunk, rows - start)
+            start = torch.sym_min(place * chunk, rows)
+            first, rows = first + start, torch.sym_min(chunk, rows - start)
         return first * math.prod(shape[1:])
     shard = 0
     for placement, size, place in split:

@@ -44,8 +44,8 @@ def swapped(optimizer: OptimizerLike) -> Iterator[None]:
         raise RuntimeError("swap_ema needs averages: give the optimizer an ema_decay")
     params = {id(param): param for group in groups for param in group["params"]}  # a duplicate is swapped once
     with ExitStack() as swaps:  # undone in reverse order, since parameters may share memory
-        for param in params.values():
-            ema = optimizer.state.get(param, {}).get(EMA)
+        for param in filter(optimizer.state.__contains__, params.values()):
+            ema = optimizer.state[param].get(EMA)
             if ema is not None:
                 swaps.enter_context(_exchanged(param, ema))
         _SWAPPED.add(key := id(optimizer.state))

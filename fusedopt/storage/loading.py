@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ def shield(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
     """
     state = {
         key: {k: Shielded(v) if isinstance(v, Tensor) else v for k, v in values.items()}
-        if isinstance(values, dict)
+        if isinstance(values, Mapping)
         else values
         for key, values in state_dict["state"].items()
     }

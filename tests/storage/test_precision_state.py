@@ -201,7 +201,7 @@ def test_groups_have_their_own_seeds_and_a_new_one_is_noticed(backend):
 
 
 def test_rounding_step_counts_the_steps_of_the_optimizer(backend):
-    """Whichever parameters have gradients, if any has. It is no state, for programs that cut states could not cut it."""
+    """Whichever parameters have gradients, if any has. It is no state, which programs would want to cut."""
     params = [between_two(), between_two()]
     optimizer = stochastic_sgd(params, backend)
     optimizer.step()
