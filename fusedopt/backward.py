@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import weakref
 from collections import defaultdict
@@ -18,11 +19,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from .optimizer import FusedOptimizer
-from .options import option
+from .options import takes_all_gradients
 from .protocol import Group
 from .step.hooks import call_post_hooks, has_post_hooks, has_pre_hooks
 from .stepper import Stepper
 from .storage.averaging import check_not_swapped
+from .storage.precision import is_stochastic
+from .storage.states import ROUNDING_STEP
 
 _BACKWARD = torch.autograd.backward.__code__
 _NODE = BackwardCFunction.apply.__code__  # of a Function that is written in Python
@@ -48,6 +51,7 @@ class StepInBackward:
         self._hook = _Hook(self)
         self._parts: dict[int, _Part] = {}  # by the id of the parameter
         self._backward: int | None = None  # torch's number of the one that is running
+        self._rounding_step: Tensor | int = 0  # before it
         self._adopt()
         self._forward_hook = model.register_forward_pre_hook(_BeforeForward(self))
         optimizer._steps_in_backward = self
@@ -102,7 +106,7 @@ class StepInBackward:
             return
         self._begin()
         if self._parts.get(id(param)) is part:  # still one of the optimizer's
-            part.step(self.optimizer)
+            part.step(self.optimizer, self._rounding_step)
 
     def _begin(self) -> None:
         """Before the first step of each backward: everything that forbids it."""
@@ -128,6 +132,7 @@ class StepInBackward:
             self._check_nothing_waits_for_the_end(new)
         else:
             Variable._execution_engine.queue_callback(partial(self._end, backward, new))
+        self._rounding_step = optimizer.param_groups[0].get(ROUNDING_STEP, 0)
         self._backward = backward
 
     def _check_nothing_waits_for_the_end(self, new: list[_Part]) -> None:
@@ -234,8 +239,8 @@ class _Part:
         """Register anew all that is registered: `swap_tensors` leaves hooks with the other tensor."""
         self.param._post_accumulate_grad_hooks = self.param._post_accumulate_grad_hooks
 
-    def step(self, whole: FusedOptimizer) -> None:
-        """Step the parameter and free its gradient."""
+    def step(self, whole: FusedOptimizer, rounding_step: Tensor | int) -> None:
+        """Step the parameter and free its gradient. All parts count the same step of rounding at random."""
         param = self.param
         group_index, position, _ = self._origin
         group = whole.param_groups[group_index]
@@ -243,12 +248,16 @@ class _Part:
         part = object.__new__(type(whole))
         part.__dict__ = {**whole.__dict__, "_stepper": self._stepper, "_origin": self._origin}
         part.param_groups = [{**group, **names, "params": [param]}]
+        if is_stochastic(group):
+            part.param_groups[0][ROUNDING_STEP] = copy.deepcopy(rounding_step)
         part.state = defaultdict(dict)
         if param in whole.state:
             part.state[param] = whole.state[param]
         self._stepper.step(part)
         if param in part.state:
             whole.state[param] = part.state[param]
+        if is_stochastic(group):
+            whole.param_groups[0][ROUNDING_STEP] = part.param_groups[0][ROUNDING_STEP]
         whole._opt_called = True  # which torch's schedulers ask
         param.grad = None
 
@@ -332,9 +341,9 @@ def _in_compiled_autograd() -> bool:
 
 
 def _check_options(group: Group) -> None:
-    for name, why in _TOO_LATE.items():
-        if option(group, name) not in (None, False):
-            raise ValueError(f"{name} cannot be had with step_in_backward: {why}")
+    name = takes_all_gradients(group)
+    if name is not None:
+        raise ValueError(f"{name} cannot be had with step_in_backward: {_TOO_LATE[name]}")
 
 
 def _wrappers() -> tuple[type, ...]:

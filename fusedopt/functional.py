@@ -9,9 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from .optimizer import FusedOptimizer
-from .options import option
+from .options import takes_all_gradients
 from .protocol import Group
 from .storage.precision import is_stochastic
+from .storage.states import ROUNDING_STEP
 
 
 def register_functional_optim(optimizer_class: type[FusedOptimizer]) -> None:
@@ -93,6 +94,9 @@ class FunctionalOptimizer:
 
     def state_dict(self) -> dict[str, Any]:
         """The states, as ``torch.optim.Optimizer.state_dict`` returns them."""
+        for part in self._parts.values():
+            group = part.param_groups[0]
+            self._whole.param_groups[0].update((key, group[key]) for key in (ROUNDING_STEP,) if key in group)
         return self._whole.state_dict()
 
     def _step(self, params: Sequence[Tensor], gradients: Sequence[Tensor | None], place: int | None) -> None:
@@ -121,9 +125,8 @@ class FunctionalOptimizer:
 
 
 def _check_options(group: Group) -> None:
-    clips, skips = option(group, "max_grad_norm") is not None, option(group, "skip_nonfinite")
-    if clips or skips:
-        name = "max_grad_norm" if clips else "skip_nonfinite"
+    name = takes_all_gradients(group)
+    if name is not None:
         raise ValueError(
             f"{name} cannot be had with steps that overlap with backward: when the last gradient arrives, other "
             "parameters have stepped. Leave it out, or make an ordinary step after backward"

@@ -53,6 +53,13 @@ def option(group: Group, name: str) -> Any:
     return group.get(KEYS[name], DEFAULTS[name])
 
 
+def takes_all_gradients(group: Group) -> str | None:
+    """The option of a group that takes the gradients of all parameters before the first step, if there is one."""
+    if option(group, "max_grad_norm") is not None:
+        return "max_grad_norm"
+    return "skip_nonfinite" if option(group, "skip_nonfinite") else None
+
+
 def optional_keys(optimizer: OptimizerLike) -> Group:
     """The keys that a group of this optimizer may lack, with their defaults."""
     return {**{KEYS[name]: default for name, default in DEFAULTS.items()}, **optimizer.optional}

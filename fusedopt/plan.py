@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from .engines.choice import check_dtypes, check_reach, use_kernels
 from .engines.reference import ReferenceStep
 from .engines.triton import KernelStep
-from .options import option
+from .options import option, takes_all_gradients
 from .protocol import Begun, OptimizerLike
 from .step import graphs
 from .step.dry import is_dry
@@ -243,7 +243,7 @@ def used_states(optimizer: OptimizerLike) -> list[tuple[Any, ...]]:
             *(optimizer.uses(name, group) for name in names),
             *(option(group, name) for name in PRECISION),
             option(group, "ema_decay") is not None,
-            option(group, "max_grad_norm") is not None or bool(option(group, "skip_nonfinite")),
+            takes_all_gradients(group) is not None,
         )
         for group in optimizer.param_groups
     ]

@@ -80,7 +80,7 @@ def test_what_the_owner_changes():
         mine.step([param.grad for param in params_of(ordinary)])
         ordinary.step()
     assert [bits(param) for param in params] == [bits(param) for param in params_of(ordinary)]
-    mine.param_group["skip_nonfinite"] = True
+    mine.param_group["fusedopt_skip_nonfinite"] = True
     with pytest.raises(ValueError, match="skip_nonfinite cannot be had"):
         mine.step([param.grad for param in params_of(ordinary)])
 

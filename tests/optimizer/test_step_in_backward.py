@@ -130,7 +130,11 @@ def test_gradients_are_freed_one_after_the_other(backend):
 @both_backends
 def test_what_comes_too_late_is_refused(backend):
     (model, _) = make_models()
-    for options, why in [({"max_grad_norm": 1.0}, "max_grad_norm.*norm of all"), ({"skip_nonfinite": True}, "finite")]:
+    for options, why in [
+        ({"max_grad_norm": 0.0}, "max_grad_norm.*norm of all"),
+        ({"max_grad_norm": 1.0}, "max_grad_norm.*norm of all"),
+        ({"skip_nonfinite": True}, "finite"),
+    ]:
         with pytest.raises(ValueError, match=why):
             fusedopt.step_in_backward(model, lambda p: fusedopt.SGD(p, backend=backend, **options))  # noqa: B023
     with pytest.raises(TypeError, match="optimizer_factory must make an optimizer of fusedopt"):
