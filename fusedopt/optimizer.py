@@ -68,7 +68,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             different parameters.
         max_grad_norm: at least 0. Multiply all gradients by ``min(1, max_grad_norm / (norm + 1e-6))``, as
             ``torch.nn.utils.clip_grad_norm_`` does, where the norm is that of the gradients of all parameters
-            together, unscaled. The gradients themselves stay as they are. None does not clip.
+            together, unscaled. The gradients themselves are not clipped. None does not clip.
         skip_nonfinite: leave everything as it is in a step for which any gradient has an infinite or NaN element.
         ema_decay: :math:`\delta \in [0, 1)` of an average of the weights, :math:`a \leftarrow \delta a +
             (1 - \delta) \theta`, which begins with the weights after the first step and goes on whenever its parameter
@@ -83,7 +83,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     ``torch.amp.GradScaler`` leaves unscaling and skipping to the step where the kernels run for all parameters, and no
     hook, no wrapper and no `step` of a subclass would see scaled gradients: by its attributes `grad_scale`, which the
     gradients are divided by, and `found_inf`, which skips the step unless it is 0. Both are one-element tensors; a step
-    reads them where they are and waits for neither.
+    reads them where they are and waits for neither. With a `grad_scale`, a step that is taken leaves ``param.grad``
+    unscaled, rounded to its dtype and not clipped: once where parameters share it, and in place, also where it is
+    expanded. Only a DTensor's gradient whose placements are not its parameter's stays scaled.
 
     Parameters may be DTensors. Their states are DTensors of the same placements, and a rank steps what it holds. Where
     a step asks for the norm of gradients or may be skipped, all ranks of their meshes must step, also those without

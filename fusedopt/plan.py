@@ -23,7 +23,7 @@ from .engines.reference import ReferenceStep
 from .engines.triton import KernelStep
 from .options import option, takes_all_gradients
 from .protocol import Begun, OptimizerLike
-from .step import graphs
+from .step import graphs, layout
 from .step.dry import is_dry
 from .step.entry import Entry, check, check_states, entries_of, is_plain, is_ready, param_name, settle_states
 from .step.gate import Gate
@@ -31,6 +31,7 @@ from .step.hyper import Hyper, tuple_getter
 from .step.live import Live, Row
 from .step.ranks import Ranks
 from .step.sharding import check_whole, is_sharded, opened
+from .step.unscaling import GradMemory
 from .step.watch import Watch, meta
 from .storage.precision import is_stochastic
 
@@ -109,6 +110,7 @@ class Plan:
         self._watchable = not any(
             tensor.layout != torch.strided or isinstance(tensor, FakeTensor) for tensor in live.watched
         )
+        self._grad_memory = GradMemory(self.entries)
         self._had_grad: list[bool] = []  # for each entry; nothing where all have one
         self._grad_watch: Watch | None = None
         for entry, param in zip(self.entries, live.params, strict=True):
@@ -191,6 +193,7 @@ class Plan:
             gate.ranks = self._ranks
             if self._compares_ranks and not graphs.is_capturing():
                 self._compare_ranks(optimizer, live)
+        shared = [] if gate.grad_scale is None else self._grad_memory.part(live)
         if self._reference is not None and gate.reads_gradients:
             self._reference.read_gradients(live, gate)
         if self._kernels is not None:
@@ -199,6 +202,8 @@ class Plan:
         gate.ask_ranks()
         if self._reference is not None:
             self._reference.run(optimizer, live, hyper, gate)
+        for grad, copy in shared:
+            layout.write_back(grad, copy)
         if gate.ranks is not None and not gate.decided:
             gate.decide()  # a rank without a gradient
         if gate.reads_gradients and gate.grad_norm is None:  # there was none to read
@@ -209,6 +214,8 @@ class Plan:
                 params[entry.index] for entry, grad in zip(self.entries, live.grads, strict=True) if grad is not None
             ]
             torch.autograd.graph.increment_version(stepped)
+            if gate.grad_scale is not None:
+                torch.autograd.graph.increment_version([param.grad for param in stepped if param.grad is not None])
 
     def _compare_ranks(self, optimizer: OptimizerLike, live: Live) -> None:
         names = [param_name(optimizer, index) for index in range(len(self._param_ids))]

@@ -44,12 +44,13 @@ def warmup(optimizer: FusedOptimizer) -> None:
     hyper.refresh(optimizer.param_groups)
     for device, items in _signatures(optimizer).items():
         tables = Tables(optimizer, list(items.values()), hyper.count, device)
-        gate = Gate(hyper)
-        tables.read([0] * len(items), hyper, gate)
-        if gate.reads_gradients:
-            for _, partials in tables.sum_squares():
-                gate.add(partials)
-        tables.step(gate)
+        for grad_scale in (None, torch.ones((), device=device)):  # GradScaler may come or not
+            gate = Gate(hyper, grad_scale)
+            tables.read([0] * len(items), hyper, gate)
+            if gate.reads_gradients:
+                for _, partials in tables.sum_squares():
+                    gate.add(partials)
+            tables.step(gate)
 
 
 def _signatures(optimizer: FusedOptimizer) -> dict[torch.device, dict[Signature, Item]]:

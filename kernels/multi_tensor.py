@@ -17,6 +17,7 @@ from .rounding import (
     nearest,
     random_bits,
     store,
+    store_apart,
     store_bits,
     to_bits_stochastic,
     with_compensation,
@@ -70,8 +71,8 @@ def prepare(
     found_inf_ptr,  # fp32: not 0 = skip this step
     partials_ptr,  # float64 [n_partials, 2]: written by sum_squares
     scalars_ptr,  # float64 [n_tensors, N_SCALARS + 1]: written
-    control_ptr,  # float64 [3]: written: what the gradients are multiplied by, whether the step is skipped, how many
-    # steps have been rounded at random, this one included
+    control_ptr,  # float64 [4]: written: what gradients are multiplied by, whether the step is skipped, 1 / grad_scale,
+    # how many steps have been rounded at random, this one included
     grad_norm_ptr,  # float64: written
     skipped_steps_ptr,  # int64: advanced
     rounding_step_ptr,  # int64: advanced
@@ -90,15 +91,18 @@ def prepare(
     The rule's states are followed by how often a tensor's average has been updated, the rule's scalars by the weight of
     the next update, which follows from that.
     """
-    factor, skip, grad_norm = decide(limits_ptr, grad_scale_ptr, found_inf_ptr, partials_ptr, n_partials, BLOCK_SIZE)
+    unscale, factor, skip, grad_norm = decide(
+        limits_ptr, grad_scale_ptr, found_inf_ptr, partials_ptr, n_partials, BLOCK_SIZE
+    )
     if tl.program_id(0) == 0:
         tl.store(control_ptr, factor)
         tl.store(control_ptr + 1, skip.to(tl.float64))
+        tl.store(control_ptr + 2, unscale)
         tl.store(grad_norm_ptr, grad_norm)
         tl.store(skipped_steps_ptr, tl.load(skipped_steps_ptr) + skip.to(tl.int64))
         rounding_step = tl.load(rounding_step_ptr) + tl.where(skip, 0, rounding_advance)
         tl.store(rounding_step_ptr, rounding_step)
-        tl.store(control_ptr + 2, rounding_step.to(tl.float64))
+        tl.store(control_ptr + 3, rounding_step.to(tl.float64))
 
     tensors = tl.program_id(0).to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
     mask = tensors < n_tensors
@@ -151,6 +155,7 @@ def update_tile(
     ema_address,
     scalars,
     grad_factor,
+    unscale,
     ema_weight,
     draw,
     first,
@@ -161,11 +166,13 @@ def update_tile(
     UPDATE: tl.constexpr,
     PARAM: tl.constexpr,
     GRAD: tl.constexpr,
+    UNSCALE: tl.constexpr,
     STATES: tl.constexpr,
     KEPT: tl.constexpr,
     EMA: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     COMPUTE: tl.constexpr,
+    CONTIGUITY: tl.constexpr,
     ALIGN: tl.constexpr,
     GRAD_ALIGN: tl.constexpr,
 ):
@@ -176,7 +183,9 @@ def update_tile(
     param_ptr = tl.multiple_of(param_address.to(tl.pointer_type(PARAM)), ALIGN) + first
     grad_ptr = tl.multiple_of(grad_address.to(tl.pointer_type(GRAD)), GRAD_ALIGN) + first
     param = load(param_ptr + offsets, mask, COMPUTE)
-    grad = grad_factor * load(grad_ptr + offsets, mask, COMPUTE)
+    # An fp64 gradient of an fp32 parameter is unscaled in fp64.
+    scaled_grad = load(grad_ptr + offsets, mask, tl.float64 if GRAD == tl.float64 else COMPUTE)
+    grad = grad_factor * scaled_grad.to(COMPUTE)
     state_ptrs = ()
     states = ()
     for i in tl.static_range(len(STATES)):
@@ -193,6 +202,12 @@ def update_tile(
     elif KEPT == "kahan_comp":
         kept_ptr = tl.multiple_of(kept_address.to(tl.pointer_type(PARAM)), ALIGN) + first
         param = with_compensation(param, load(kept_ptr + offsets, mask, COMPUTE), PARAM)
+    if UNSCALE:  # not before the loads above, which would have to wait for it
+        unscaled_grad = unscale.to(scaled_grad.dtype) * scaled_grad
+        if GRAD_ALIGN == ALIGN:
+            store(grad_ptr + offsets, unscaled_grad, mask)
+        else:
+            store_apart(grad_ptr + offsets, unscaled_grad, mask, CONTIGUITY)
 
     param, states = UPDATE(param, grad, states, scalars, STATES)
     tl.static_assert(len(states) == len(STATES), "the rule returns another number of states than the class has")
@@ -230,12 +245,13 @@ def update(
     # addresses of parameter, states, KEPT, EMA, 0 = none
     grads_ptr,  # int64 [n_tensors]: address of the gradient, 0 = none in this step
     scalars_ptr,  # float64 [n_tensors, N_SCALARS + 1]: written by prepare
-    control_ptr,  # float64 [3]: written by prepare
+    control_ptr,  # float64 [4]: written by prepare
     chunks_ptr,  # int32 [programs, 2]: row, index of the chunk in its tensor
     first_tensor: tl.int64,  # the tensor of row 0
     UPDATE: tl.constexpr,
     PARAM: tl.constexpr,  # stored dtypes; STATES has None where the options leave a state out
     GRAD: tl.constexpr,
+    UNSCALE: tl.constexpr,  # whether gradients are divided by grad_scale where they lie
     STATES: tl.constexpr,
     KEPT: tl.constexpr,  # the state that holds what rounding the parameter loses: "master_param", "kahan_comp", None
     EMA: tl.constexpr,  # the dtype of the average, None without one
@@ -246,7 +262,7 @@ def update(
     CHUNK_SIZE: tl.constexpr,
     CONTIGUITY: tl.constexpr,  # elements of a thread that lie together: 16 bytes of the widest stream
 ):
-    """Apply the rule to one chunk of one tensor: each stream is read once, each but the gradient written once."""
+    """Apply the rule to one chunk of one tensor: each stream is read once and written once, the gradient if UNSCALE."""
     pid = tl.program_id(0).to(tl.int64)
     row = tl.load(chunks_ptr + 2 * pid).to(tl.int64)
     chunk = tl.load(chunks_ptr + 2 * pid + 1)
@@ -272,6 +288,7 @@ def update(
         ema_address = tl.load(row_ptr + 6 + len(STATES))
         addresses |= ema_address
     grad_factor = tl.load(control_ptr).to(COMPUTE)
+    unscale = tl.load(control_ptr + 2) if UNSCALE else 1.0
     scalars_ptr += tensor * (N_SCALARS + 1)
     ema_weight = tl.load(scalars_ptr + N_SCALARS).to(COMPUTE)
     scalars = ()
@@ -282,7 +299,7 @@ def update(
     shift = 0
     if STOCHASTIC:
         tl.static_assert(BLOCK_SIZE % 32 == 0, "a quarter of a block must hold whole groups of eight elements")
-        step = tl.load(control_ptr + 2).to(tl.int32)
+        step = tl.load(control_ptr + 3).to(tl.int32)
         place = tl.load(row_ptr + 3) + first
         shift = (place % 8).to(tl.int32)
         draw = (tl.load(row_ptr + 2), tl.load(row_ptr + 1).to(tl.int32), step, (place >> 3).to(tl.int32))
@@ -302,19 +319,19 @@ def update(
 
     for start in range(0, all_aligned, BLOCK_SIZE):
         update_tile(
-            param_address, grad_address, state_addresses, kept_address, ema_address, scalars, grad_factor, ema_weight,
-            draw, first, start, lanes, lanes, all_aligned, UPDATE, PARAM, GRAD, STATES, KEPT, EMA, STOCHASTIC,
-            COMPUTE, ALIGN=16, GRAD_ALIGN=16,
+            param_address, grad_address, state_addresses, kept_address, ema_address, scalars, grad_factor, unscale,
+            ema_weight, draw, first, start, lanes, lanes, all_aligned, UPDATE, PARAM, GRAD, UNSCALE, STATES, KEPT, EMA,
+            STOCHASTIC, COMPUTE, CONTIGUITY, ALIGN=16, GRAD_ALIGN=16,
         )  # fmt: skip
     for start in range(all_aligned, aligned, BLOCK_SIZE):
         update_tile(
-            param_address, grad_address, state_addresses, kept_address, ema_address, scalars, grad_factor, ema_weight,
-            draw, first, start, lanes, lanes, aligned, UPDATE, PARAM, GRAD, STATES, KEPT, EMA, STOCHASTIC,
-            COMPUTE, ALIGN=16, GRAD_ALIGN=1,
+            param_address, grad_address, state_addresses, kept_address, ema_address, scalars, grad_factor, unscale,
+            ema_weight, draw, first, start, lanes, lanes, aligned, UPDATE, PARAM, GRAD, UNSCALE, STATES, KEPT, EMA,
+            STOCHASTIC, COMPUTE, CONTIGUITY, ALIGN=16, GRAD_ALIGN=1,
         )  # fmt: skip
     for start in range(aligned, length, TAIL_SIZE):
         update_tile(
-            param_address, grad_address, state_addresses, kept_address, ema_address, scalars, grad_factor, ema_weight,
-            draw, first, start, tail_lanes, tail_lanes + shift, length, UPDATE, PARAM, GRAD, STATES, KEPT, EMA,
-            STOCHASTIC, COMPUTE, ALIGN=1, GRAD_ALIGN=1,
+            param_address, grad_address, state_addresses, kept_address, ema_address, scalars, grad_factor, unscale,
+            ema_weight, draw, first, start, tail_lanes, tail_lanes + shift, length, UPDATE, PARAM, GRAD, UNSCALE,
+            STATES, KEPT, EMA, STOCHASTIC, COMPUTE, CONTIGUITY, ALIGN=1, GRAD_ALIGN=1,
         )  # fmt: skip

@@ -29,6 +29,23 @@ def store(ptrs, value, mask):
 
 
 @triton.jit
+def store_apart(ptrs, value, mask, CONTIGUITY: tl.constexpr):
+    """`store` for addresses of any alignment of which a thread holds so many that lie together.
+
+    Alone, such a store would have the elements lie otherwise: they would go through shared memory.
+    """
+    if CONTIGUITY == 1:
+        store(ptrs, value, mask)
+    else:
+        PAIRS: tl.constexpr = [value.shape[0] // 2, 2]
+        even_ptrs, odd_ptrs = tl.split(tl.reshape(ptrs, PAIRS))
+        even, odd = tl.split(tl.reshape(value, PAIRS))
+        even_mask, odd_mask = tl.split(tl.reshape(mask, PAIRS))
+        store_apart(even_ptrs, even, even_mask, CONTIGUITY // 2)
+        store_apart(odd_ptrs, odd, odd_mask, CONTIGUITY // 2)
+
+
+@triton.jit
 def store_bits(ptrs, bits, mask):
     """Store 16-bit numbers that are there as their bits."""
     if INTERPRET:

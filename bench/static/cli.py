@@ -22,7 +22,7 @@ from fusedopt.engines.choice import triton_interprets, triton_is_installed
 from tests.cases import AVERAGED, CASES, MODES
 
 from ..common import RESULTS, Parser, circumstances, circumstances_in_words, writable_folder
-from .kernels import DTYPES, Kernel, SumSquares, prepares_of, updates_of
+from .kernels import DTYPES, SIGNATURES, Kernel, SumSquares, prepares_of, unscaling, updates_of
 from .report import Report, markdown, reports
 from .targets import TARGETS
 
@@ -30,9 +30,10 @@ TOGETHER = 8  # kernels that a process compiles and disassembles in one go
 
 
 def all_kernels() -> list[Kernel]:
-    """Every kernel that any row of tests/cases.py launches."""
+    """Every kernel that any row of tests/cases.py launches; of those that unscale, in the ordinary dtypes only."""
     updates = updates_of(CASES, [*MODES, *AVERAGED])
-    return [*updates, *map(SumSquares, DTYPES), *prepares_of(updates)]
+    unscaled = unscaling(kernel for kernel in updates if kernel.dtypes in SIGNATURES)
+    return [*updates, *unscaled, *map(SumSquares, DTYPES), *prepares_of(updates)]
 
 
 def reports_of(pairs: Sequence[tuple[Kernel, str]], jobs: int) -> Iterator[Report]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -86,6 +86,7 @@ class Update(Kernel):
     signature: Signature
     dtypes: str  # a key of SIGNATURES, or the id of a mode
     n_hyper: int
+    unscale: bool = False  # where they lie, the gradients
 
     integers = ("first_tensor",)
 
@@ -97,7 +98,7 @@ class Update(Kernel):
 
     @property
     def id(self) -> str:
-        return f"{self.rule}-{self.dtypes}"
+        return f"{self.rule}-{self.dtypes}" + "-unscale" * self.unscale
 
     @property
     def function(self) -> Any:
@@ -107,7 +108,8 @@ class Update(Kernel):
 
     @property
     def constants(self) -> dict[str, Any]:
-        return {"UPDATE": rule(self.optimizer)[1], "N_SCALARS": self.n_scalars, **self.signature.constants}
+        mine = {"UPDATE": rule(self.optimizer)[1], "N_SCALARS": self.n_scalars, "UNSCALE": self.unscale}
+        return mine | self.signature.constants
 
     @property
     def n_scalars(self) -> int:
@@ -119,8 +121,9 @@ class Update(Kernel):
 
     @property
     def written(self) -> list[torch.dtype]:
-        """All streams but the gradient."""
-        return [self.signature.param, *self.signature.streams[2:]]
+        """All streams, but the gradient only where it is unscaled."""
+        param, grad, *others = self.signature.streams
+        return [param, *[grad] * self.unscale, *others]
 
 
 @dataclass(frozen=True)
@@ -202,6 +205,11 @@ def updates_of(cases: Iterable[Any], modes: Iterable[Any] = ()) -> list[Update]:
     for kernel in found:
         distinct.setdefault((kernel.optimizer.kernel, kernel.signature), kernel)
     return list(distinct.values())
+
+
+def unscaling(updates: Iterable[Update]) -> list[Update]:
+    """The same in a step that is given a `grad_scale`."""
+    return [replace(kernel, unscale=True) for kernel in updates]
 
 
 def update_in(case: Any, mode: Any) -> Update:

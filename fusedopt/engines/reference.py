@@ -43,9 +43,9 @@ class ReferenceStep:
 
     def run(self, optimizer: OptimizerLike, live: Live, hyper: Hyper, gate: Gate) -> None:
         """Step every parameter that has a gradient, if the gate lets the step pass."""
-        factor = 1.0
+        unscale = clip = 1.0
         if not gate.is_open:
-            skip, factor = gate.decide()
+            skip, unscale, clip = gate.decide()
             if skip:
                 return
         if self._counts_steps or hyper.version != self._version or hyper.on_device:
@@ -71,9 +71,13 @@ class ReferenceStep:
                 if entry.plain:
                     weights = param
                     states = entry.pick_states(row) if entry.state_names else no_states
-                    reference(param, grad if factor == 1 else grad * factor, states, scalars)
+                    if unscale != 1:
+                        layout.scale(grad, unscale)
+                    reference(param, grad if clip == 1 else grad * clip, states, scalars)
                 else:
-                    weights = _widened(optimizer, entry, param, (grad, factor), row, scalars, rounding_step)
+                    weights = _widened(optimizer, entry, param, (grad, unscale * clip), row, scalars, rounding_step)
+                    if unscale != 1:  # afterwards: the step has not seen what rounding makes of it
+                        layout.scale(grad, unscale)
                 if entry.averaged:
                     _average(entry, row, weights, float(hyper.rows[entry.group][-1]))
 

@@ -101,7 +101,7 @@ class Tables:
             if len(chunks)
         ]
         self._scalars = torch.empty(len(ordered) * (n_scalars + 1), dtype=torch.float64, device=device)
-        self._control = torch.empty(3, dtype=torch.float64, device=device)
+        self._control = torch.empty(4, dtype=torch.float64, device=device)
         # In place of what a step has not.
         self._one = torch.ones((), dtype=torch.float32, device=device)
         self._zero = torch.zeros((), dtype=torch.float32, device=device)
@@ -202,6 +202,7 @@ class Tables:
                     chunks,
                     first,
                     UPDATE=self._update_rule,
+                    UNSCALE=gate.grad_scale is not None,
                     N_SCALARS=self._n_scalars,
                     **constants,
                     **self._options,

@@ -107,6 +107,8 @@ class KernelStep:
             tables.step(gate)
             for stand_in, param in stand_ins:
                 param.copy_(stand_in)
+            if gate.grad_scale is not None:
+                self._write_grads(tables.positions, grads, live)
             # The kernels write through raw addresses: tell autograd, as any in-place operation would. It saves
             # parameters for a backward pass; telling it of states too would cost a sixth of the step's host time.
             if live.complete and len(grads) == len(live.params):
@@ -119,6 +121,14 @@ class KernelStep:
     def _lay_grad(self, position: int, grad: Tensor | None) -> Tensor | None:
         stride = self._grad_strides.get(position)
         return grad if grad is None or stride is None else layout.dense_copy(grad, stride)
+
+    def _write_grads(self, positions: Sequence[int], grads: Sequence[Tensor | None], live: Live) -> None:
+        """Finish gradients that the kernels have unscaled, or left as they were: nobody here knows."""
+        torch.autograd.graph.increment_version([grad for grad in grads if grad is not None])
+        for position, laid in zip(positions, grads, strict=True):
+            grad = live.grads[position]
+            if grad is not None and laid is not None and position in self._grad_strides:
+                layout.write_back(grad, laid)
 
     def describe(self) -> list[list[int]]:
         """The contents of the tables, for comparison; a stand-in counts for its parameter, wherever it lies."""

@@ -116,28 +116,29 @@ class Gate:
         return self.rounding_step, advance
 
     @torch.no_grad()
-    def decide(self) -> tuple[bool, float]:
-        """(whether the step is skipped, what the gradients are multiplied by), on the host, which waits for them.
+    def decide(self) -> tuple[bool, float, float]:
+        """(whether the step is skipped, 1 / grad_scale, the factor of clipping), on the host, which waits for them.
 
         A dry run is not skipped, nor does it know what to multiply by.
         """
         self.decided = True
         scale = 1.0 if self.grad_scale is None or self.is_dry else float(self.grad_scale)
         skip = self.found_inf is not None and not self.is_dry and float(self.found_inf) != 0
-        factor = 1 / scale if scale else math.inf
+        unscale = 1 / scale if scale else math.inf
+        clip = 1.0
         if self.partials:
             squares, not_finite = self.partials_on(self.partials[-1].device).sum(dim=0)
-            grad_norm = squares.sqrt() * factor
+            grad_norm = squares.sqrt() * unscale
             self.grad_norm = grad_norm if self.grad_norm is None else self.grad_norm
             if self.is_dry:
-                return False, 1.0
+                return False, 1.0, 1.0
             skip = skip or (self.skip_nonfinite and bool(not_finite != 0))
             if self.max_grad_norm is not None:
-                factor *= float((self.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0))
+                clip = float((self.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0))
         counter = self.take_counter()
         if counter is not None and skip:
             counter.add_(1)
-        return skip, factor
+        return skip, unscale, clip
 
 
 def settled_counter(group: Group, key: str, counter: Tensor | int, device: torch.device, saved: bool) -> Tensor:

@@ -1,5 +1,7 @@
 """How tensors lie in memory: a kernel walks parameter, gradient and states in one flat order, which they must share."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -50,6 +52,30 @@ def dense_copy(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
     return copy.copy_(tensor)
 
 
+def in_memory(tensor: Tensor) -> Tensor:
+    """What an in-place operation can write: of an expanded tensor each place once, of a sparse one the values."""
+    if tensor.layout != torch.strided:
+        return tensor._values()
+    for dim, stride in enumerate(tensor.stride()):
+        if stride == 0 and tensor.shape[dim] > 1:
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor
+
+
+def write_back(tensor: Tensor, copy: Tensor) -> None:
+    """Give a tensor the values of its copy, in which those that share a place are equal."""
+    places = in_memory(tensor)
+    places.copy_(in_memory(copy)[tuple(map(slice, places.shape))])
+
+
+def scale(tensor: Tensor, factor: float) -> None:
+    """Multiply a tensor in place, of a complex one each part: 0 times infinity would get from one into the other."""
+    places = in_memory(tensor)
+    if places.is_complex():
+        places = torch.view_as_real(places.conj() if places.is_conj() else places)
+    places.mul_(factor)
+
+
 def same_order(shape: tuple[int, ...], stride: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
     """Whether two tensors of one shape are walked in the same order; a dimension of size 1 decides nothing."""
     return all(size == 1 or a == b for size, a, b in zip(shape, stride, wanted, strict=True))
@@ -68,5 +94,9 @@ def as_real(tensor: Tensor) -> Tensor:
 def extent(tensor: Tensor) -> tuple[int, int]:
     """First byte and one past the last byte that the tensor reaches."""
     address = tensor.data_ptr()
-    reach = 1 + sum((size - 1) * stride for size, stride in lie(tensor))
-    return address, address + reach * tensor.element_size() if tensor.numel() else address
+    return address, address + reach(tensor.shape, tensor.stride()) * tensor.element_size()
+
+
+def reach(shape: Sequence[int], stride: Sequence[int]) -> int:
+    """How many elements there are from the first to the last in memory, with the gaps."""
+    return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) if 0 not in shape else 0

@@ -92,9 +92,30 @@ def test_gradscaler(backend):
             if not overflows:
                 optimizers[1].step()
                 torch.testing.assert_close(optimizers[0].grad_norm, optimizers[1].grad_norm)
+                for param, twin in zip(params, twins, strict=True):
+                    assert torch.equal(param.grad.full_tensor(), twin.grad)
         assert int(optimizers[0].skipped_steps) == 1
         for param, twin in zip(params, twins, strict=True):
             torch.testing.assert_close(param.full_tensor(), twin.detach())
+
+
+@both_backends
+@on_ranks(4)
+def test_a_gradient_of_other_placements_stays_scaled(backend):
+    """The step unscales what it has redistributed for itself. One that lies as its parameter, and is shared, is."""
+    mesh = init_device_mesh(rank_device().type, (4,))
+    values = torch.linspace(-1, 1, 24, device=rank_device()).reshape(8, 3)
+    params = [nn.Parameter(distribute_tensor(values, mesh, [Shard(0)])) for _ in range(3)]
+    params[0].grad = distribute_tensor(4 * values, mesh, [Shard(1)])
+    params[1].grad = params[2].grad = distribute_tensor(4 * values, mesh, [Shard(0)])
+    optimizer = make("SGD", params, lr=1.0, momentum=0, backend=backend)
+    optimizer.grad_scale = 4.0
+    versions = [param.grad._version for param in params]
+    optimizer.step()
+    for param, grad in zip(params, (4 * values, values, values), strict=True):
+        assert torch.equal(param.full_tensor(), torch.zeros_like(values))
+        assert torch.equal(param.grad.full_tensor(), grad)
+    assert all(param.grad._version > version for param, version in zip(params[1:], versions[1:], strict=True))
 
 
 @both_backends

@@ -287,6 +287,26 @@ def test_grad_scaler_waits_for_nothing(launches, name, options):
     assert kernels(launches) == 4 * [*squares, "prepare", "update", "update"]
 
 
+def test_unscaling_gradients_that_are_copied_waits_for_nothing(launches):
+    """Those that lie otherwise than their parameters, and those that share memory. A copy stays on its device."""
+    optimizer = adam([torch.nn.Parameter(torch.ones(4, 6, device=DEVICE)) for _ in range(5)])
+    first, *_ = params = optimizer.param_groups[0]["params"]
+    operations = Operations()
+    for step in range(4):
+        set_grads(params)
+        first.grad = torch.ones(6, 4, device=DEVICE).t()
+        params[1].grad = torch.ones(4, 1, device=DEVICE).expand(4, 6)
+        params[2].grad = params[3].grad
+        optimizer.grad_scale, optimizer.found_inf = (torch.ones((), device=DEVICE) for _ in "ab")
+        if step:  # the first makes the states and the tables
+            with operations:
+                optimizer.step()
+        else:
+            optimizer.step()
+    assert operations.names & WAITING == {"copy_"}
+    assert kernels(launches) == 4 * ["prepare", "update"]
+
+
 def test_waiting_would_be_noticed():
     with Operations() as operations:
         float(torch.ones(1))

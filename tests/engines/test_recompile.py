@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-ADAM = {"fusedopt_prepare_adam_scalars": 1, "fusedopt_adam_update": 1}
+# One of `update` for the steps that unscale, one for the others.
+ADAM = {"fusedopt_prepare_adam_scalars": 1, "fusedopt_adam_update": 2}
 ROOT = Path(__file__).parents[2]
 RUNS = [
-    ("SGD", {"momentum": 0.9}, ["float32"], {"fusedopt_prepare_sgd_scalars": 1, "fusedopt_sgd_update": 1}),
+    ("SGD", {"momentum": 0.9}, ["float32"], {"fusedopt_prepare_sgd_scalars": 1, "fusedopt_sgd_update": 2}),
     ("Adam", {"tensor_lr": True}, ["float32"], ADAM),
     ("AdamW", {"rounding": "stochastic"}, ["bfloat16"], ADAM),
     ("AdamW", {"rounding": "stochastic", "master_weights": True}, ["bfloat16"], ADAM),
@@ -19,7 +20,7 @@ RUNS = [
         "AdamW",
         {"max_grad_norm": 1.0, "ema_decay": 0.9},
         ["bfloat16", "float32"],
-        {**ADAM, "fusedopt_adam_update": 2, "fusedopt_sum_squares_bf16": 1, "fusedopt_sum_squares_fp32": 1},
+        {**ADAM, "fusedopt_adam_update": 4, "fusedopt_sum_squares_bf16": 1, "fusedopt_sum_squares_fp32": 1},
     ),
 ]
 

@@ -56,13 +56,16 @@ def everything(optimizer):
 
 
 def assert_foretold(launches, optimizer, take_steps):
-    """Nothing is left behind, and the steps launch nothing else."""
+    """Nothing is left behind, and the steps launch nothing else, with a scale for the gradients and without."""
     before = everything(optimizer)
     fusedopt.warmup(optimizer)
     assert everything(optimizer) == before
     foretold = launches.pop()
     launches.empty = True
     take_steps()
+    optimizer.grad_scale = 2.0
+    take_steps()
+    vars(optimizer).pop("grad_scale", None)
     assert launches.pop() == foretold
     launches.empty = False
     assert foretold

@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict
 
 from bench.static.cli import reports_of
-from bench.static.kernels import DTYPES, SIGNATURES, SumSquares, prepares_of, updates_of
+from bench.static.kernels import DTYPES, SIGNATURES, SumSquares, prepares_of, unscaling, updates_of
 from bench.static.machine_code import specialization
 from bench.static.targets import TARGETS
 from tests.cases import AVERAGED, CASES, MODES
@@ -14,6 +14,7 @@ EVERY_MODE = [*MODES, *AVERAGED]
 NUMBERS = [1, 2, 15, 16, 17, 2**31 - 1, 2**31, 2**40]
 UPDATES = updates_of(CASES, EVERY_MODE)
 PREPARES = prepares_of(UPDATES)
+UPDATES += unscaling(kernel for kernel in UPDATES if kernel.rule in ("sgd", "adam-exp_avg-exp_avg_sq"))
 SQUARES = list(map(SumSquares, DTYPES))
 
 

@@ -156,20 +156,29 @@ def test_gradients_twice_where_they_decide(traced_step, options):
     check_every_byte(traced_step, *with_states(Case("AdamW"), torch.float32, torch.bfloat16, **options), grads=2)
 
 
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_gradients_are_written_once_where_they_are_unscaled(traced_step, dtypes):
+    param_dtype, grad_dtype, state_dtype = DTYPES[dtypes]
+    optimizer, params = with_states(Case("AdamW"), param_dtype, grad_dtype, state_dtype=state_dtype)
+    optimizer.grad_scale = torch.tensor(65536.0)
+    check_every_byte(traced_step, optimizer, params, unscales=True)
+
+
 def test_a_skipped_step_reads_gradients_only(traced_step):
     optimizer, params = with_states(Case("AdamW"), torch.float32, torch.float32, skip_nonfinite=True, ema_decay=0.9)
     params[0].grad[-1] = float("nan")
+    optimizer.grad_scale = torch.tensor(65536.0)
     trace = traced_step(optimizer)
     assert all(trace.loads.take(param.grad) for param in params)
-    for tensor in [*params, *states_of(optimizer)]:
+    for tensor in [*params, *states_of(optimizer), *(param.grad for param in params)]:
         for accesses in (trace.loads, trace.stores):
             before = accesses.addresses.size
             accesses.take(tensor)
             assert accesses.addresses.size == before
 
 
-def check_every_byte(traced_step, optimizer, params, grads=1):
-    """Each stream is read once and written once, but the gradients, which are read `grads` times."""
+def check_every_byte(traced_step, optimizer, params, grads=1, unscales=False):
+    """Each stream is read and written once, but gradients read `grads` times, and written if the step unscales."""
     trace = traced_step(optimizer)
     written = [*params, *states_of(optimizer)]
 
@@ -177,6 +186,7 @@ def check_every_byte(traced_step, optimizer, params, grads=1):
     assert all(trace.loads.take(tensor) for tensor in written)
     assert all(trace.loads.take(param.grad, times=grads) for param in params)
     assert all(trace.stores.take(tensor) for tensor in written)
+    assert all(trace.stores.take(param.grad) for param in params if unscales)
     tables = trace.loads.widths.sum() + trace.stores.widths.sum()
     for table in trace.tables:
         trace.loads.take(table)
