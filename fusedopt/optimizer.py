@@ -63,9 +63,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         rounding: ``"nearest"``, or ``"stochastic"`` for 16-bit states and for 16-bit parameters of which neither
             `master_weights` nor `kahan` keeps more: up or down, with the probabilities that make the mean right.
         seed: of stochastic rounding, in :math:`[0, 2^{64})`. The random numbers are a function of the seed, the place
-            of the parameter among all of the optimizer's, the number of its steps, the state and the element: for a
-            DTensor of which only rows are split, its place in the whole. Give different seeds to optimizers that step
-            different parameters.
+            of the parameter among all of the optimizer's, the number of steps that the optimizer has taken, the state
+            and the element: for a DTensor of which only rows are split, its place in the whole. The number of steps is
+            saved, as a key of the first param group. Give different seeds to optimizers that step different parameters.
         max_grad_norm: at least 0. Multiply all gradients by ``min(1, max_grad_norm / (norm + 1e-6))``, as
             ``torch.nn.utils.clip_grad_norm_`` does, where the norm is that of the gradients of all parameters
             together, unscaled. The gradients themselves are not clipped. None does not clip.

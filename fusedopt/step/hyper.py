@@ -149,9 +149,9 @@ def count_scalars(optimizer: type[OptimizerLike], n_hyper: int) -> int:
 
 def places_of(value: Any) -> int:
     """How many numbers a hyperparameter holds; 0 for a single one that is not in a sequence."""
-    if isinstance(value, (float, int, str, Tensor)):  # asked first, since an abstract class is asked slowly
+    if isinstance(value, (float, int, str)):  # asked first, since an abstract class is asked slowly
         return 0
-    is_array = isinstance(value, np.ndarray) and value.ndim == 1 and len(value) > 1
+    is_array = isinstance(value, (np.ndarray, Tensor)) and value.ndim == 1 and len(value) > 1
     return len(value) if is_array or isinstance(value, Sequence) else 0
 
 

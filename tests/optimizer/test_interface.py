@@ -176,6 +176,7 @@ PAIRS = {
     "list": list,
     "array": np.array,
     "sequence": collections.UserList,
+    "tensor": lambda pair: torch.tensor(pair, dtype=torch.float64),
 }
 PAIR_OF = {name: {"betas": (0.8, 0.75)} for name in ("Adam", "AdamW", "NAdam", "RAdam", "Adamax")}
 PAIR_OF["Rprop"] = {"etas": (0.25, 1.5), "step_sizes": (0.125, 2.0)}
