@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 import weakref
 from collections import defaultdict
@@ -18,16 +17,20 @@ from torch.autograd.function import BackwardCFunction
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
+from .engines.choice import use_kernels
 from .optimizer import FusedOptimizer
 from .options import takes_all_gradients
 from .protocol import Group
+from .step.amp import NOT_IN_BACKWARD
+from .step.gate import settled_counter
 from .step.hooks import call_post_hooks, has_post_hooks, has_pre_hooks
+from .step.sharding import local
 from .stepper import Stepper
 from .storage.averaging import check_not_swapped
 from .storage.precision import is_stochastic
 from .storage.states import ROUNDING_STEP
 
-_BACKWARD = torch.autograd.backward.__code__
+_BACKWARD, _GRAD = torch.autograd.backward.__code__, torch.autograd.grad.__code__
 _NODE = BackwardCFunction.apply.__code__  # of a Function that is written in Python
 _TWICE = "{} steps in backward already: before you call step_in_backward again, remove() what it returned then"
 _TOO_LATE = {
@@ -51,7 +54,6 @@ class StepInBackward:
         self._hook = _Hook(self)
         self._parts: dict[int, _Part] = {}  # by the id of the parameter
         self._backward: int | None = None  # torch's number of the one that is running
-        self._rounding_step: Tensor | int = 0  # before it
         self._adopt()
         self._forward_hook = model.register_forward_pre_hook(_BeforeForward(self))
         optimizer._steps_in_backward = self
@@ -89,7 +91,8 @@ class StepInBackward:
             if part is None:
                 if not _may_have_gradients(param):
                     continue
-                part = _Part(param, Stepper(self.optimizer._stepper.may_skip))
+                stepper = self.optimizer._stepper
+                part = _Part(param, Stepper(stepper.may_skip, whole=stepper))
                 new.append(part)
             part.place((group, position, index))
             parts[id(param)] = part
@@ -104,12 +107,12 @@ class StepInBackward:
         part = self._parts.get(id(param))  # None for a tensor that a parameter was swapped with
         if part is None or param.grad is None:
             return
-        self._begin()
+        self._begin(param)
         if self._parts.get(id(param)) is part:  # still one of the optimizer's
-            part.step(self.optimizer, self._rounding_step)
+            part.step(self.optimizer)
 
-    def _begin(self) -> None:
-        """Before the first step of each backward: everything that forbids it."""
+    def _begin(self, param: Tensor) -> None:
+        """Before the first step of each backward, that of `param`: everything that forbids it."""
         backward = torch._C._current_graph_task_id()
         if backward == self._backward:
             return
@@ -121,6 +124,8 @@ class StepInBackward:
         optimizer = self.optimizer
         new = self._adopt()
         check_not_swapped(optimizer, "backward")
+        if vars(optimizer).keys() & {"grad_scale", "found_inf"}:
+            raise RuntimeError(NOT_IN_BACKWARD)
         for group in optimizer.param_groups:
             _check_options(group)
         if has_pre_hooks(optimizer):
@@ -132,7 +137,8 @@ class StepInBackward:
             self._check_nothing_waits_for_the_end(new)
         else:
             Variable._execution_engine.queue_callback(partial(self._end, backward, new))
-        self._rounding_step = optimizer.param_groups[0].get(ROUNDING_STEP, 0)
+        if any(map(is_stochastic, optimizer.param_groups)):
+            _count_rounding(optimizer, param)
         self._backward = backward
 
     def _check_nothing_waits_for_the_end(self, new: list[_Part]) -> None:
@@ -239,8 +245,8 @@ class _Part:
         """Register anew all that is registered: `swap_tensors` leaves hooks with the other tensor."""
         self.param._post_accumulate_grad_hooks = self.param._post_accumulate_grad_hooks
 
-    def step(self, whole: FusedOptimizer, rounding_step: Tensor | int) -> None:
-        """Step the parameter and free its gradient. All parts count the same step of rounding at random."""
+    def step(self, whole: FusedOptimizer) -> None:
+        """Step the parameter and free its gradient."""
         param = self.param
         group_index, position, _ = self._origin
         group = whole.param_groups[group_index]
@@ -249,15 +255,13 @@ class _Part:
         part.__dict__ = {**whole.__dict__, "_stepper": self._stepper, "_origin": self._origin}
         part.param_groups = [{**group, **names, "params": [param]}]
         if is_stochastic(group):
-            part.param_groups[0][ROUNDING_STEP] = copy.deepcopy(rounding_step)
+            part.param_groups[0][ROUNDING_STEP] = whole.param_groups[0][ROUNDING_STEP]
         part.state = defaultdict(dict)
         if param in whole.state:
             part.state[param] = whole.state[param]
         self._stepper.step(part)
         if param in part.state:
             whole.state[param] = part.state[param]
-        if is_stochastic(group):
-            whole.param_groups[0][ROUNDING_STEP] = part.param_groups[0][ROUNDING_STEP]
         whole._opt_called = True  # which torch's schedulers ask
         param.grad = None
 
@@ -310,6 +314,14 @@ class _BeforeForward:
         return _BeforeForward, ()
 
 
+def _count_rounding(optimizer: FusedOptimizer, param: Tensor) -> None:
+    """Count one step of rounding at random, for all parameters. Where the first of them steps nobody has to wait."""
+    first, *others = optimizer.param_groups
+    group = next((group for group in others if any(other is param for other in group["params"])), first)
+    device = local(param).device if use_kernels(optimizer.backend, group, param) else torch.device("cpu")
+    settled_counter(optimizer.param_groups[0], ROUNDING_STEP, 0, device, True).add_(1)
+
+
 def _placed(optimizer: FusedOptimizer) -> Iterator[tuple[int, int, Any]]:
     for group_index, group in enumerate(optimizer.param_groups):
         for position, param in enumerate(group["params"]):
@@ -328,7 +340,7 @@ def _is_nested(frame: FrameType | None) -> bool:
     """
     called = False
     while frame is not None:
-        if called and frame.f_code in (_BACKWARD, _NODE):
+        if called and frame.f_code in (_BACKWARD, _GRAD, _NODE):
             return True
         called = called or frame.f_code is _BACKWARD
         frame = frame.f_back

@@ -12,7 +12,6 @@ from .optimizer import FusedOptimizer
 from .options import takes_all_gradients
 from .protocol import Group
 from .storage.precision import is_stochastic
-from .storage.states import ROUNDING_STEP
 
 
 def register_functional_optim(optimizer_class: type[FusedOptimizer]) -> None:
@@ -29,8 +28,8 @@ def register_functional_optim(optimizer_class: type[FusedOptimizer]) -> None:
 
     Numbers and states are those of an ordinary step, bit for bit. Unlike torch's counterparts, those of ZeRO follow
     the schedulers of the ``ZeroRedundancyOptimizer``, and can be consolidated. Like them, they have one param group,
-    cannot accumulate gradients over several backwards, and cannot be used with ``GradScaler``, which nobody notices:
-    when it would unscale or skip, the parameters have stepped, by scaled gradients.
+    call no step hooks, cannot accumulate gradients over several backwards, and cannot be used with ``GradScaler``,
+    which nobody notices: when it would unscale or skip, the parameters have stepped, by scaled gradients.
 
     Args:
         optimizer_class: one of this package, or your own. To register it again changes nothing.
@@ -38,8 +37,8 @@ def register_functional_optim(optimizer_class: type[FusedOptimizer]) -> None:
     Raises:
         TypeError: it is something else.
         ValueError: when torch makes or steps the counterpart, which for ZeRO is in one of the first backwards:
-            `max_grad_norm` or `skip_nonfinite`, which take all gradients before the first step; or, with
-            ``_register_fused_optim``, ``rounding="stochastic"``, whose random numbers take the parameter's place.
+            `max_grad_norm` or `skip_nonfinite`, which take all gradients before the first step, or
+            ``rounding="stochastic"``, whose random numbers take the parameter's place and the number of steps.
     """
     if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, FusedOptimizer)):
         raise TypeError(f"register_functional_optim takes a class of fusedopt's optimizers, not {optimizer_class!r}")
@@ -52,7 +51,7 @@ class FunctionalOptimizer:
     """What torch asks of a functional optimizer, for any optimizer class of this package.
 
     Gradients arrive bucket by bucket, and not always in one thread. What arrives together has an optimizer of its own,
-    with the options, states and random numbers that its parameters have in the whole.
+    with the options and states that its parameters have in the whole.
 
     Attributes:
         param_group: the parameters, and what their owner has changed since. Nothing else, as in torch: ZeRO takes over
@@ -85,40 +84,32 @@ class FunctionalOptimizer:
         given = [place for place, gradient in enumerate(gradients) if gradient is not None]
         if given:
             bucket = slice(given[0], given[-1] + 1)
-            self._step(params[bucket], gradients[bucket], given[0])
+            self._step(params[bucket], gradients[bucket], given[0])  # named as in the whole
 
     def step_param(self, param: Tensor, grad: Tensor | None) -> None:
         """Update one parameter, which may be new."""
         if grad is not None:
-            self._step([param], [grad], None)
+            self._step([param], [grad], 0)
 
     def state_dict(self) -> dict[str, Any]:
         """The states, as ``torch.optim.Optimizer.state_dict`` returns them."""
-        for part in self._parts.values():
-            group = part.param_groups[0]
-            self._whole.param_groups[0].update((key, group[key]) for key in (ROUNDING_STEP,) if key in group)
         return self._whole.state_dict()
 
-    def _step(self, params: Sequence[Tensor], gradients: Sequence[Tensor | None], place: int | None) -> None:
+    def _step(self, params: Sequence[Tensor], gradients: Sequence[Tensor | None], place: int) -> None:
         key = tuple(map(id, params))
         part = self._parts.get(key)
         if part is None:
             part = self._parts[key] = self._make([])  # alone they may lack what an option of the whole acts on
-            part._origin = (0, place or 0, place or 0)
+            part._origin = (0, place, place)
         group = part.param_groups[0]
         group.update({**self.param_group, "params": params})
         _check_options(group)
-        if place is None and is_stochastic(group):
-            raise ValueError(
-                "rounding='stochastic' cannot be had with DDP's _register_fused_optim: its random numbers depend on a "
-                "parameter's place among all, which DDP does not tell. Make an ordinary step after backward"
-            )
         part.state.update((param, self.state[param]) for param in params)
         kept = [param.grad for param in params]
         try:
             for param, gradient in zip(params, gradients, strict=True):
                 param.grad = gradient
-            part.step()
+            part._stepper.step(part)
         finally:
             for param, grad in zip(params, kept, strict=True):
                 param.grad = grad
@@ -130,4 +121,9 @@ def _check_options(group: Group) -> None:
         raise ValueError(
             f"{name} cannot be had with steps that overlap with backward: when the last gradient arrives, other "
             "parameters have stepped. Leave it out, or make an ordinary step after backward"
+        )
+    if is_stochastic(group):
+        raise ValueError(
+            "rounding='stochastic' cannot be had with steps that overlap with backward: its random numbers depend on a "
+            "parameter's place among all, and on how many steps all have made. Make an ordinary step after backward"
         )

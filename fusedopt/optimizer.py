@@ -85,7 +85,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     gradients are divided by, and `found_inf`, which skips the step unless it is 0. Both are one-element tensors; a step
     reads them where they are and waits for neither. With a `grad_scale`, a step that is taken leaves ``param.grad``
     unscaled, rounded to its dtype and not clipped: once where parameters share it, and in place, also where it is
-    expanded. Only a DTensor's gradient whose placements are not its parameter's stays scaled.
+    expanded. Only a DTensor's gradient whose placements are not its parameter's may stay scaled.
 
     Parameters may be DTensors. Their states are DTensors of the same placements, and a rank steps what it holds. Where
     a step asks for the norm of gradients or may be skipped, all ranks of their meshes must step, also those without
@@ -269,10 +269,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if amp.is_clipper(asker):
             return False
         if self._steps_in_backward:
-            raise RuntimeError(
-                "GradScaler cannot be used with step_in_backward: when it would unscale or skip, the parameters have "
-                "stepped, by scaled gradients"
-            )
+            raise RuntimeError(amp.NOT_IN_BACKWARD)
         if not amp.steps_by_itself(asker, self, _PLAIN_STEP):
             return False
         params = [param for group in self.param_groups for param in group["params"]]
@@ -300,11 +297,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         try:
             settle_options(self, self.param_groups[-1], own)
             self._check_group(len(self.param_groups) - 1)
+            if self._steps_in_backward is not None:
+                self._steps_in_backward.refresh()
         except Exception:
             self.param_groups.pop()
             raise
-        if self._steps_in_backward is not None:
-            self._steps_in_backward.refresh()
 
     def _check_group(self, index: int) -> None:
         group = self.param_groups[index]

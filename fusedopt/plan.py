@@ -193,7 +193,7 @@ class Plan:
             gate.ranks = self._ranks
             if self._compares_ranks and not graphs.is_capturing():
                 self._compare_ranks(optimizer, live)
-        shared = [] if gate.grad_scale is None else self._grad_memory.part(live)
+        shared = [] if gate.grad_scale is None or self._is_dry else self._grad_memory.part(live)
         if self._reference is not None and gate.reads_gradients:
             self._reference.read_gradients(live, gate)
         if self._kernels is not None:

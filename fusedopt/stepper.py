@@ -23,12 +23,26 @@ from .storage.states import ROUNDING_STEP, SKIPPED_STEPS
 
 
 class Stepper:
-    """Takes the steps of one optimizer. A copy of it begins anew, but for what has been counted."""
+    """Takes the steps of one optimizer. A copy of it begins anew, but for what has been counted.
 
-    def __init__(self, may_skip: bool = False, skipped_steps: Tensor | int = 0, begun: Begun | None = None) -> None:
-        self.may_skip = may_skip  # whether any step could have been skipped
+    Args:
+        may_skip: whether any step could have been skipped.
+        skipped_steps: how many were.
+        begun: what says of states whether they have begun.
+        whole: of the optimizer that this one is a part of, which counts for its parts.
+    """
+
+    def __init__(
+        self,
+        may_skip: bool = False,
+        skipped_steps: Tensor | int = 0,
+        begun: Begun | None = None,
+        whole: Stepper | None = None,
+    ) -> None:
+        self.may_skip = may_skip
         self.skipped_steps = skipped_steps
         self.begun: Begun = {} if begun is None else begun
+        self._whole = whole
         self.grad_norm: Tensor | None = None
         self.plan: Plan | None = None
         self._hyper: Hyper | None = None
@@ -68,8 +82,9 @@ class Stepper:
             saved = gate.skip_nonfinite  # GradScaler's user has asked for nothing
             counter = settled_counter(groups[0], SKIPPED_STEPS, self.skipped_steps, plan.device, saved)
             self.skipped_steps = gate.skipped_steps = counter
-        if plan.rounds_at_random:
+        if plan.rounds_at_random and plan.entries:
             gate.rounding_step = settled_counter(groups[0], ROUNDING_STEP, 0, plan.device, True)
+            gate.rounds = self._whole is None
         plan.run(optimizer, live, hyper, gate)
         self.grad_norm = gate.grad_norm
 
@@ -103,12 +118,17 @@ class Stepper:
             return plan, live
         grads = _local_grads(optimizer) if grads is None else grads
         with torch.no_grad():
-            params = set(all_params(optimizer))
-            self.begun = {param: flags for param, flags in self.begun.items() if param in params}
-            fresh = Plan(optimizer, hyper, self.plan, grads, self.begun)
+            begun = self._settled_begun(optimizer) if self._whole is None else self._whole.begun
+            fresh = Plan(optimizer, hyper, self.plan, grads, begun)
         if plan is not None and live is not None and not plan.describes_the_same(fresh):
             raise RuntimeError("FUSEDOPT_DEBUG: something moved since the last step and was not noticed")
         return fresh, fresh.read(optimizer, all_params(optimizer), grads)
+
+    def _settled_begun(self, optimizer: OptimizerLike) -> Begun:
+        """What is known of the parameters that are still there."""
+        params = set(all_params(optimizer))
+        self.begun = {param: flags for param, flags in self.begun.items() if param in params}
+        return self.begun
 
 
 def _local_grads(optimizer: OptimizerLike) -> list[Tensor | None]:

@@ -26,6 +26,7 @@ class ReferenceStep:
         mine = [(position, entry) for position, entry in enumerate(entries) if not entry.kernels]
         positions, self._entries = zip(*mine, strict=True)
         self._pick = tuple_getter(positions) if len(mine) < len(entries) else tuple
+        self._rounds = any(entry.seed is not None for entry in self._entries)
         self._counts_steps = any(entry.scalar_names for entry in self._entries)
         self._version = -1  # of the numbers from which the scalars have been computed
         self._scalars: _Scalars
@@ -56,7 +57,7 @@ class ReferenceStep:
         computed = self._scalars
         reference = optimizer.reference
         no_states = (None,) * len(optimizer.states)
-        rounding_step = _rounding_step(gate) if live.present else 0
+        rounding_step = self._rounding_step(gate) if live.present else 0
         group = -1
         scalars: Scalars = ()
         with self._mode():
@@ -80,6 +81,14 @@ class ReferenceStep:
                         layout.scale(grad, unscale)
                 if entry.averaged:
                     _average(entry, row, weights, float(hyper.rows[entry.group][-1]))
+
+    def _rounding_step(self, gate: Gate) -> int:
+        """How many steps have been rounded at random, this one included; 0 where nobody asks, and nobody waits."""
+        counter, advance = gate.take_rounding_step()
+        if counter is None:
+            return 0
+        counter.add_(advance)
+        return int(dry.item(counter)) if self._rounds else 0
 
 
 class _Scalars:
@@ -166,12 +175,6 @@ def _average(entry: Entry, row: Row, weights: Tensor, decay: float) -> None:
     average.lerp_(weights, 1 - decay if steps else 1.0)
     _narrow(ema, average)
     ema_step.fill_(steps + 1)
-
-
-def _rounding_step(gate: Gate) -> int:
-    """How many steps have been rounded at random, this one included."""
-    counter, advance = gate.take_rounding_step()
-    return 0 if counter is None else int(dry.item(counter.add_(advance)))
 
 
 class _Rounding:

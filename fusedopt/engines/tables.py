@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
 from threading import Lock
@@ -32,14 +33,8 @@ _interpreter = Lock()  # has one grid for all threads
 
 def launch(kernel: Any, programs: int, *args: Any, enable_fp_fusion: bool, **options: Any) -> None:
     """Every kernel of fusedopt starts here, told whether products and sums are fused: Triton's default changes."""
-    interprets = triton_interprets()
-    if interprets:
-        _interpreter.acquire()
-    try:
+    with _interpreter if triton_interprets() else nullcontext():
         kernel[(programs,)](*args, enable_fp_fusion=enable_fp_fusion, **options)
-    finally:
-        if interprets:
-            _interpreter.release()
 
 
 @dataclass(frozen=True)
@@ -155,10 +150,11 @@ class Tables:
         grad_norm = torch.empty((), dtype=torch.float64, device=self.device) if gate.partials else self._unread
         if gate.partials and gate.grad_norm is None:
             gate.grad_norm = grad_norm
-        skipped_steps = gate.take_counter()
         rounding_step, advance = gate.take_rounding_step()
-        if rounding_step is not None:
-            rounding_step = rounding_step.to(self.device, non_blocking=True)
+        counters = [
+            (counter, self._uncounted if counter is None else counter.to(self.device, non_blocking=True))
+            for counter in (gate.take_counter(), rounding_step)
+        ]
         gate.decided = True
         found_inf = _on(self.device, gate.found_inf, self._zero)
         grad_scale = _on(self.device, gate.grad_scale, self._one)
@@ -178,8 +174,7 @@ class Tables:
                 self._scalars,
                 self._control,
                 grad_norm,
-                self._uncounted if skipped_steps is None else skipped_steps,
-                self._uncounted if rounding_step is None else rounding_step,
+                *(here for _, here in counters),
                 n_tensors,
                 len(partials) if gate.partials else 0,
                 advance,
@@ -207,9 +202,10 @@ class Tables:
                     **constants,
                     **self._options,
                 )
-        self._uploads.keep_for_graph(
-            self._hyper_tensors, grads, partials, grad_norm, skipped_steps, rounding_step, found_inf, grad_scale
-        )
+        self._uploads.keep_for_graph(self._hyper_tensors, grads, partials, grad_norm, counters, found_inf, grad_scale)
+        for counter, here in counters:
+            if counter is not None and counter is not here:
+                counter.copy_(here, non_blocking=True)
 
     def _read_hyper(self, hyper: Hyper) -> None:
         """Numbers, and the addresses of those that live on a device (odd: fp32). The tensors are kept alive."""

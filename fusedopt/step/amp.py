@@ -16,6 +16,10 @@ from .hooks import has_hooks
 # They ask before they clip, and refuse to where the answer is yes, with or without a GradScaler.
 CLIPPERS = ("lightning", "lightning_fabric", "pytorch_lightning")
 SCALER_STEP = GradScaler.step.__code__  # before anybody puts a function around it
+NOT_IN_BACKWARD = (
+    "GradScaler cannot be used with step_in_backward: when it would unscale or skip, the parameters have stepped, by "
+    "scaled gradients"
+)
 # Who may put a function around a step: these only add hooks, profiling and a flag for schedulers.
 WRAPPERS = ("fusedopt.step.hooks", "torch.optim.optimizer", "torch.optim.lr_scheduler")
 

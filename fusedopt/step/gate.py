@@ -38,7 +38,7 @@ class Gate:
         self.reads_gradients = hyper.reads_gradients  # to decide
         self.skipped_steps: Tensor | None = None  # counts, on the device of the first of those who decide
         self.rounding_step: Tensor | None = None  # counts the steps of stochastic rounding, if any group asks for it
-        self._rounds = True
+        self.rounds = True  # whether this step is still to be counted there
         self.ranks: Ranks | None = None  # of the mesh on which parameters are sharded
         self.partials: list[Tensor] = []  # float64 [n, 2]: sums of squares, and 0 where all was finite
         self._of_shards: list[tuple[int, Tensor]] = []  # the same, with the part that `ranks` are to add up
@@ -112,7 +112,7 @@ class Gate:
 
     def take_rounding_step(self) -> tuple[Tensor | None, int]:
         """The counter of stochastic rounding, and what is to be added to it: 1 for the first who asks."""
-        advance, self._rounds = int(self._rounds), False
+        advance, self.rounds = int(self.rounds), False
         return self.rounding_step, advance
 
     @torch.no_grad()

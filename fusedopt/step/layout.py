@@ -55,7 +55,7 @@ def dense_copy(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
 def in_memory(tensor: Tensor) -> Tensor:
     """What an in-place operation can write: of an expanded tensor each place once, of a sparse one the values."""
     if tensor.layout != torch.strided:
-        return tensor._values()
+        return tensor._values() if tensor.is_sparse else tensor.values()
     for dim, stride in enumerate(tensor.stride()):
         if stride == 0 and tensor.shape[dim] > 1:
             tensor = tensor.narrow(dim, 0, 1)

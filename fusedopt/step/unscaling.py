@@ -33,7 +33,7 @@ class GradMemory:
         if len(live.present) < 2:
             return []
         positions = [position for position, grad in enumerate(live.grads) if grad is not None]
-        starts = np.array([(grad._values() if grad.is_sparse else grad).data_ptr() for grad in live.present])
+        starts = np.array([layout.in_memory(grad).data_ptr() for grad in live.present])
         order = starts.argsort()
         starts, ends = starts[order], (starts + self._reaches[positions])[order]
         apart = starts[1:] >= np.maximum.accumulate(ends)[:-1]

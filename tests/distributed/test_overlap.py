@@ -12,7 +12,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 
 import fusedopt
-from tests.cases import BF16, FP32
+from tests.cases import FP32
 from tests.distributed.test_replicas import assert_same_on_all_ranks, loss_of, make_models
 from tests.ranks import on_ranks
 from tests.twins import BACKENDS, bits
@@ -132,15 +132,3 @@ def test_what_would_come_too_late():
         with pytest.raises(ValueError, match=f"{name} cannot be had .* ordinary step after backward"):
             backward(overlapping, 2)
         assert bits_of(overlapping) == bits_of(model)
-
-
-@on_ranks(2)
-def test_random_numbers_take_places():
-    """The order in which buckets arrive need not be the same on all ranks."""
-    fusedopt.register_functional_optim(fusedopt.AdamW)
-    (model,) = make_models(BF16, 1)
-    overlapping = in_ddp(model)
-    overlapping._register_fused_optim(fusedopt.AdamW, lr=0.1, rounding="stochastic")
-    with pytest.raises(Exception, match=r"stochastic.*ordinary step after backward"):
-        backward(overlapping, 0, BF16)
-    assert bits_of(overlapping) == bits_of(model)

@@ -27,7 +27,7 @@ def trained(name, backend, options, gradients, begin=lambda: None):
     fusedopt.warmup(optimizer)
     for step in range(3):
         for param, grad in zip(params_of(optimizer), gradients[step], strict=True):
-            param.grad = grad
+            param.grad = grad.clone()
         if step == 1:
             optimizer.grad_scale, optimizer.found_inf = 2.0, 0
         optimizer.step()

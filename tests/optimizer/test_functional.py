@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import fusedopt
 from tests.cases import CASES
@@ -11,7 +12,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning") 
 
 CLASSES = sorted({case.optimizer for case in CASES})
 OPTIONS = {"SGD": {"momentum": 0.9}}
-STOCHASTIC = {"rounding": "stochastic", "seed": 5, "ema_decay": 0.9}
+AVERAGED = {"ema_decay": 0.9, "state_dtype": torch.float32}
 
 
 def counterpart(optimizer_class):
@@ -33,8 +34,8 @@ def make_both(name, dtype, backend, **options):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", CLASSES)
 def test_buckets(name, backend):
-    """Two buckets of three parameters, the last first, by the random numbers of their places."""
-    mine, ordinary, params = make_both(name, torch.bfloat16, backend, **STOCHASTIC)
+    """Two buckets of three parameters, the last first."""
+    mine, ordinary, params = make_both(name, torch.bfloat16, backend, **AVERAGED)
     for step in range(3):
         set_grads(params_of(ordinary), step)
         grads = [param.grad for param in params_of(ordinary)]
@@ -83,6 +84,30 @@ def test_what_the_owner_changes():
     mine.param_group["fusedopt_skip_nonfinite"] = True
     with pytest.raises(ValueError, match="skip_nonfinite cannot be had"):
         mine.step([param.grad for param in params_of(ordinary)])
+
+
+def test_no_random_numbers():
+    """They count the steps of a whole optimizer, and take the places of parameters in it."""
+    with pytest.raises(ValueError, match=r"rounding='stochastic' cannot be had .* ordinary step after backward"):
+        make_both("AdamW", torch.bfloat16, "eager", rounding="stochastic")
+    mine, _, params = make_both("AdamW", torch.bfloat16, "eager")
+    mine.param_group["fusedopt_rounding"] = "stochastic"
+    before = list(map(bits, params))
+    with pytest.raises(ValueError, match=r"rounding='stochastic' cannot be had"):
+        mine.step([torch.ones_like(param) for param in params])
+    assert list(map(bits, params)) == before
+
+
+def test_no_step_hooks():
+    """As with torch's counterparts: there is no step of all parameters for them to be around."""
+    mine, _, params = make_both("AdamW", torch.float64, "eager")
+    called = []
+    hook = register_optimizer_step_pre_hook(lambda *args: called.append(args))
+    try:
+        mine.step([torch.ones_like(param) for param in params])
+    finally:
+        hook.remove()
+    assert not called
 
 
 def test_loaded_states():

@@ -127,7 +127,7 @@ class Twins(Actions):
         """Unscaled and clipped, in float64."""
         self.grads = [None if p.grad is None else lay(p.grad) for p, _ in self.pairs]
         factor = 1 / (getattr(self.ours, "grad_scale", None) or 1.0)
-        max_grad_norm = self.ours.param_groups[0].get("max_grad_norm")
+        max_grad_norm = self.ours.param_groups[0].get(KEYS["max_grad_norm"])
         if max_grad_norm is not None:
             squares = sum(grad.to(torch.complex128).abs().square().sum() for grad in self.grads if grad is not None)
             factor *= min(1.0, max_grad_norm / (factor * float(squares) ** 0.5 + 1e-6))

@@ -74,6 +74,20 @@ def test_their_norm(layout):
     torch.testing.assert_close(param.detach().to_dense(), before - step)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_scaled(layout):
+    params = [Parameter(of_layout(layout, seed)) for seed in range(2)]
+    mine = make("SGD", params, lr=0.1, momentum=0)
+    expected = []
+    for i, param in enumerate(params):
+        param.grad = of_layout(layout, 1 + i)
+        expected.append((param.detach().to_dense() - 0.1 * param.grad.to_dense() / 4, param.grad.to_dense() / 4))
+    mine.grad_scale = 4.0
+    mine.step()
+    for param, (value, grad) in zip(params, expected, strict=True):
+        torch.testing.assert_close((param.detach().to_dense(), param.grad.to_dense()), (value, grad))
+
+
 REFUSED = [
     (torch.sparse_csr, torch.sparse_coo, torch.float32, {}, "sparse_csr .* but its gradient is torch.sparse_coo"),
     (torch.sparse_csc, torch.sparse_csc, torch.float32, {}, "is torch.sparse_csc"),
