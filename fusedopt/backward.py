@@ -19,16 +19,14 @@ from torch.utils.hooks import RemovableHandle
 
 from .engines.choice import use_kernels
 from .optimizer import FusedOptimizer
-from .options import takes_all_gradients
+from .options import ROUNDING_STEP, takes_all_gradients
 from .protocol import Group
 from .step.amp import NOT_IN_BACKWARD
-from .step.gate import settled_counter
 from .step.hooks import call_post_hooks, has_post_hooks, has_pre_hooks
 from .step.sharding import local
 from .stepper import Stepper
 from .storage.averaging import check_not_swapped
 from .storage.precision import is_stochastic
-from .storage.states import ROUNDING_STEP
 
 _BACKWARD, _GRAD = torch.autograd.backward.__code__, torch.autograd.grad.__code__
 _NODE = BackwardCFunction.apply.__code__  # of a Function that is written in Python
@@ -255,7 +253,7 @@ class _Part:
         part.__dict__ = {**whole.__dict__, "_stepper": self._stepper, "_origin": self._origin}
         part.param_groups = [{**group, **names, "params": [param]}]
         if is_stochastic(group):
-            part.param_groups[0][ROUNDING_STEP] = whole.param_groups[0][ROUNDING_STEP]
+            part.param_groups[0][ROUNDING_STEP] = whole._stepper.rounding_step
         part.state = defaultdict(dict)
         if param in whole.state:
             part.state[param] = whole.state[param]
@@ -319,7 +317,7 @@ def _count_rounding(optimizer: FusedOptimizer, param: Tensor) -> None:
     first, *others = optimizer.param_groups
     group = next((group for group in others if any(other is param for other in group["params"])), first)
     device = local(param).device if use_kernels(optimizer.backend, group, param) else torch.device("cpu")
-    settled_counter(optimizer.param_groups[0], ROUNDING_STEP, 0, device, True).add_(1)
+    optimizer._stepper.settled_rounding_step(optimizer.param_groups, device).add_(1)
 
 
 def _placed(optimizer: FusedOptimizer) -> Iterator[tuple[int, int, Any]]:

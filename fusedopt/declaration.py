@@ -11,7 +11,7 @@ from typing import Any
 from .options import DEFAULTS, KEYS
 from .protocol import OptimizerLike
 from .step.hyper import count_numbers, count_scalars
-from .storage.averaging import EMA_STEP
+from .storage.averaging import EMA_BEGUN
 from .storage.states import ADDED
 
 DECLARED = ("kernel", "hyperparameters")
@@ -40,7 +40,7 @@ def check_declaration(optimizer: type[OptimizerLike], base: type[OptimizerLike],
         if key in defaults:
             raise TypeError(f"{name} has a default for {key!r}, which is an option of every FusedOptimizer")
     for state in (*optimizer.scalar_states, *optimizer.states):
-        if state in (*ADDED, EMA_STEP):
+        if state in (*ADDED, EMA_BEGUN):
             raise TypeError(f"{name} declares the state {state!r}, which every FusedOptimizer may have")
     for flag, state in optimizer.begun.items():
         if flag not in optimizer.scalar_states or state not in optimizer.states:

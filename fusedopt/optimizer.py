@@ -14,7 +14,7 @@ from torch.optim.optimizer import ParamsT
 
 from .declaration import argument_defaults, check_declaration
 from .engines.choice import BACKENDS, triton_is_installed, why_no_kernels
-from .options import check_group, required_keys, settle_options
+from .options import SKIPPED_STEPS, begin_counters, check_group, required_keys, settle_options
 from .protocol import Group, Scalars, States
 from .step import amp
 from .step.hooks import hooked_step
@@ -23,7 +23,7 @@ from .stepper import Stepper
 from .storage import precision
 from .storage.averaging import check_not_swapped, swapped
 from .storage.loading import shield, unshield
-from .storage.states import ADDED, SKIPPED_STEPS, without_unbegun
+from .storage.states import ADDED, without_unbegun
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -65,7 +65,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         seed: of stochastic rounding, in :math:`[0, 2^{64})`. The random numbers are a function of the seed, the place
             of the parameter among all of the optimizer's, the number of steps that the optimizer has taken, the state
             and the element: for a DTensor of which only rows are split, its place in the whole. The number of steps is
-            saved, as a key of the first param group. Give different seeds to optimizers that step different parameters.
+            saved, as a key of the param groups. Give different seeds to optimizers that step different parameters.
         max_grad_norm: at least 0. Multiply all gradients by ``min(1, max_grad_norm / (norm + 1e-6))``, as
             ``torch.nn.utils.clip_grad_norm_`` does, where the norm is that of the gradients of all parameters
             together, unscaled. The gradients themselves are not clipped. None does not clip.
@@ -253,9 +253,10 @@ class FusedOptimizer(torch.optim.Optimizer):
     def skipped_steps(self) -> Tensor:
         """How many steps skipped themselves, on GradScaler's word or by `skip_nonfinite`: 0-d, int64, where they ran.
 
-        With `skip_nonfinite` it is saved, as a key of the first param group.
+        With `skip_nonfinite` it is saved, as a key of the param groups.
         """
-        count = self.param_groups[0].get(SKIPPED_STEPS, self._stepper.skipped_steps)
+        counts = [group[SKIPPED_STEPS] for group in self.param_groups if SKIPPED_STEPS in group]
+        count = counts[0] if counts else self._stepper.skipped_steps
         return count if isinstance(count, Tensor) else torch.tensor(count, device="cpu")
 
     @property
@@ -293,10 +294,16 @@ class FusedOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: Group) -> None:
         """Add a param group, as ``torch.optim.Optimizer.add_param_group``."""
         own = set(param_group) if isinstance(param_group, dict) else set()
-        super().add_param_group(param_group)
+        try:
+            super().add_param_group(param_group)
+        except Exception:
+            for key in set(param_group) - own if isinstance(param_group, dict) else ():
+                del param_group[key]  # which torch has put there, and which are no options of this group
+            raise
         try:
             settle_options(self, self.param_groups[-1], own)
             self._check_group(len(self.param_groups) - 1)
+            begin_counters(self.param_groups[-1])
             if self._steps_in_backward is not None:
                 self._steps_in_backward.refresh()
         except Exception:
@@ -330,7 +337,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             super().load_state_dict(state_dict)
         finally:
             hook.remove()
-        self._stepper.skipped_steps = 0  # unless a loaded group has it
+        self._stepper.skipped_steps = self._stepper.rounding_step = 0  # unless loaded groups have them
 
     def state_dict(self) -> dict[str, Any]:
         """The state as ``torch.optim.Optimizer.state_dict`` returns it, without states of which no step was taken."""
@@ -356,8 +363,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         self._stepper.forget()
         self.defaults.update({**argument_defaults(type(self)), **self.defaults})
-        if "_stepper" not in state:
-            self._stepper.begun = {}
         for values in self.state.values():
             # torch.distributed.checkpoint asks for every key of `state`, and gives {} for what state_dict() left out.
             for name in (*self.states, *ADDED) if isinstance(values, dict) else ():

@@ -28,6 +28,10 @@ DEFAULTS: Group = {
 }
 PREFIX = "fusedopt_"
 KEYS = {name: PREFIX + name for name in DEFAULTS}  # of a param group
+# What groups save beside their options. No states, since programs cut and lengthen those.
+SKIPPED_STEPS = PREFIX + "skipped_steps"
+ROUNDING_STEP = PREFIX + "rounding_step"  # how many steps have been rounded at random: counts the random numbers
+COUNTERS = (SKIPPED_STEPS, ROUNDING_STEP)
 # One value for all groups: these are about the gradients of all parameters together.
 SHARED = ("max_grad_norm", "skip_nonfinite")
 STATE_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16)
@@ -79,11 +83,15 @@ def settle_options(optimizer: OptimizerLike, group: Group, own: Set[str]) -> Non
         group: the new group.
         own: the keys that the user has put into it.
     """
+    unknown = [key for key in own if str(key).startswith(PREFIX) and key not in (*KEYS.values(), *COUNTERS)]
+    if unknown:
+        known = ", ".join(KEYS.values())
+        raise TypeError(f"{type(optimizer).__name__} has no option {unknown[0]!r}, but it has {known}")
     for name, key in KEYS.items():
         default = optimizer.defaults.get(name, DEFAULTS[name])
         if name not in own:
             group.pop(name, None)
-        elif default != DEFAULTS[name]:
+        elif default != DEFAULTS[name] and repr(group[name]) != repr(default):  # ZeRO repeats the constructor's
             warnings.warn(
                 f"a param group has the key {name!r}, which means nothing to {type(optimizer).__name__}: if it is to "
                 f"be the option of this group, call it {key!r}",
@@ -96,6 +104,16 @@ def settle_options(optimizer: OptimizerLike, group: Group, own: Set[str]) -> Non
         saved = key == KEYS["seed"] and option(group, "rounding") == "stochastic"  # a resumed run needs it
         if key in group and group[key] == default and not saved:
             del group[key]
+
+
+def begin_counters(group: Group) -> None:
+    """Let a new group save what it counts from the beginning, and not what another optimizer has counted."""
+    for key in COUNTERS:
+        group.pop(key, None)
+    if option(group, "rounding") == "stochastic":
+        group[ROUNDING_STEP] = 0
+    if option(group, "skip_nonfinite"):
+        group[SKIPPED_STEPS] = 0
 
 
 def is_number(value: Any) -> bool:

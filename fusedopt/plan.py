@@ -34,6 +34,7 @@ from .step.sharding import check_whole, is_sharded, opened
 from .step.unscaling import GradMemory
 from .step.watch import Watch, meta
 from .storage.precision import is_stochastic
+from .storage.states import begun_of
 
 DEBUG = os.environ.get("FUSEDOPT_DEBUG", "0") not in ("", "0")
 
@@ -89,8 +90,8 @@ class Plan:
             if entry.names:
                 entry.row = row_of[self._param_ids[entry.index]]
                 names[entry.row] = entry.keys
-                flags = begun.get(params[entry.index], {})
-                self._begun[entry.row] = tuple(flags[name] for name in entry.begun_names)
+                state = optimizer.state[params[entry.index]]
+                self._begun[entry.row] = tuple(begun_of(optimizer, name, state, begun) for name in entry.begun_names)
         self._getters = list(map(tuple_getter, names))
         self._has_names = list(map(bool, names))
         inside = [entry.index for entry in self.entries]

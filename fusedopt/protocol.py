@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from typing import Any, ClassVar, Protocol, TypeAlias
 
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 Group: TypeAlias = dict[str, Any]  # a param group
 Scalars: TypeAlias = tuple[float, ...]
 States: TypeAlias = Sequence[Any]  # tensors, or None for one that the options leave out
-Begun: TypeAlias = dict[Tensor, dict[str, Any]]  # by the parameter, the scalar states that `OptimizerLike.begun` names
+Begun: TypeAlias = MutableMapping[Tensor, Any]  # by a state, the number that says whether it has begun
 
 
 class OptimizerLike(Protocol):

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from . import plan as plans
 from .engines.choice import use_kernels
+from .options import ROUNDING_STEP, SKIPPED_STEPS
 from .plan import Plan, all_params, used_states
-from .protocol import Begun, OptimizerLike
+from .protocol import Begun, Group, OptimizerLike
 from .step import graphs
 from .step.entry import param_name
 from .step.gate import Gate, settled_counter
@@ -19,7 +22,7 @@ from .step.hyper import Hyper
 from .step.live import Live
 from .step.sharding import local_grads
 from .storage.averaging import check_not_swapped
-from .storage.states import ROUNDING_STEP, SKIPPED_STEPS
+from .storage.precision import is_stochastic
 
 
 class Stepper:
@@ -28,7 +31,7 @@ class Stepper:
     Args:
         may_skip: whether any step could have been skipped.
         skipped_steps: how many were.
-        begun: what says of states whether they have begun.
+        begun: pairs of a state and the number that says whether it has begun.
         whole: of the optimizer that this one is a part of, which counts for its parts.
     """
 
@@ -36,12 +39,15 @@ class Stepper:
         self,
         may_skip: bool = False,
         skipped_steps: Tensor | int = 0,
-        begun: Begun | None = None,
+        begun: Iterable[tuple[Tensor, Any]] = (),
         whole: Stepper | None = None,
     ) -> None:
         self.may_skip = may_skip
         self.skipped_steps = skipped_steps
-        self.begun: Begun = {} if begun is None else begun
+        self.begun: Begun = WeakIdKeyDictionary(dict=None)
+        for state, number in begun:
+            self.begun[state] = number
+        self.rounding_step: Tensor | int = 0  # how many steps have been rounded at random
         self._whole = whole
         self.grad_norm: Tensor | None = None
         self.plan: Plan | None = None
@@ -49,7 +55,12 @@ class Stepper:
         self._captured: list[Plan] = []  # what graphs read, for as long as they may be replayed
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.may_skip, self.skipped_steps, self.begun)
+        return type(self), (self.may_skip, self.skipped_steps, list(self.begun.items()))
+
+    def __copy__(self) -> Stepper:
+        copied = type(self)(self.may_skip, self.skipped_steps)
+        copied.begun = self.begun  # the states are shared too
+        return copied
 
     def forget(self) -> None:
         """Look at everything anew in the next step."""
@@ -59,6 +70,8 @@ class Stepper:
         """Update every parameter that has a gradient."""
         check_not_swapped(optimizer, "step")
         groups = optimizer.param_groups
+        if not groups:
+            return
         hyper = self._hyper = self._hyper or Hyper(optimizer)
         capturing = graphs.is_capturing()
         if capturing:
@@ -79,14 +92,21 @@ class Stepper:
             self.plan = None
             self._captured.append(plan)
         if gate.may_skip:
-            saved = gate.skip_nonfinite  # GradScaler's user has asked for nothing
-            counter = settled_counter(groups[0], SKIPPED_STEPS, self.skipped_steps, plan.device, saved)
-            self.skipped_steps = gate.skipped_steps = counter
+            # GradScaler's user has asked for no key.
+            saving = groups if gate.skip_nonfinite else [group for group in groups if SKIPPED_STEPS in group]
+            self.skipped_steps = settled_counter(saving, SKIPPED_STEPS, self.skipped_steps, plan.device)
+            gate.skipped_steps = self.skipped_steps
         if plan.rounds_at_random and plan.entries:
-            gate.rounding_step = settled_counter(groups[0], ROUNDING_STEP, 0, plan.device, True)
+            gate.rounding_step = self.settled_rounding_step(groups, plan.device)
             gate.rounds = self._whole is None
         plan.run(optimizer, live, hyper, gate)
         self.grad_norm = gate.grad_norm
+
+    def settled_rounding_step(self, groups: Sequence[Group], device: torch.device) -> Tensor:
+        """The counter of random numbers, in all groups that take some."""
+        saving = list(filter(is_stochastic, groups))
+        self.rounding_step = settled_counter(saving, ROUNDING_STEP, self.rounding_step, device)
+        return self.rounding_step
 
     def all_in_kernels(self, optimizer: OptimizerLike) -> bool:
         """Whether the kernels step every parameter."""
@@ -118,17 +138,10 @@ class Stepper:
             return plan, live
         grads = _local_grads(optimizer) if grads is None else grads
         with torch.no_grad():
-            begun = self._settled_begun(optimizer) if self._whole is None else self._whole.begun
-            fresh = Plan(optimizer, hyper, self.plan, grads, begun)
+            fresh = Plan(optimizer, hyper, self.plan, grads, (self._whole or self).begun)
         if plan is not None and live is not None and not plan.describes_the_same(fresh):
             raise RuntimeError("FUSEDOPT_DEBUG: something moved since the last step and was not noticed")
         return fresh, fresh.read(optimizer, all_params(optimizer), grads)
-
-    def _settled_begun(self, optimizer: OptimizerLike) -> Begun:
-        """What is known of the parameters that are still there."""
-        params = set(all_params(optimizer))
-        self.begun = {param: flags for param, flags in self.begun.items() if param in params}
-        return self.begun
 
 
 def _local_grads(optimizer: OptimizerLike) -> list[Tensor | None]:

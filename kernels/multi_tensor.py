@@ -88,8 +88,8 @@ def prepare(
 ):
     """Advance the per-tensor states and compute each tensor's scalars, one tensor a lane, in float64.
 
-    The rule's states are followed by how often a tensor's average has been updated, the rule's scalars by the weight of
-    the next update, which follows from that.
+    The rule's states are followed by whether a tensor's average has begun, the rule's scalars by the weight of its next
+    update, which follows from that.
     """
     unscale, factor, skip, grad_norm = decide(
         limits_ptr, grad_scale_ptr, found_inf_ptr, partials_ptr, n_partials, BLOCK_SIZE
@@ -129,9 +129,9 @@ def prepare(
         address = tl.load(scalar_states_ptr + i, mask=mask, other=0)
         addresses += (address,)
         scalar_states += (load_number(address, ones),)
-    ema_step_address = tl.load(scalar_states_ptr + N_SCALAR_STATES, mask=mask, other=0)
-    ema_step = load_number(ema_step_address, ones)
-    ema_weight = tl.where(ema_step == 0, 1.0, 1 - ema_decay)
+    ema_begun_address = tl.load(scalar_states_ptr + N_SCALAR_STATES, mask=mask, other=0)
+    ema_begun = load_number(ema_begun_address, ones)
+    ema_weight = tl.where(ema_begun == 0, 1.0, 1 - ema_decay)
 
     scalars, scalar_states = SCALARS(hyper, scalar_states)
     tl.static_assert(len(scalars) == N_SCALARS, "the rule has another number of scalars than its reference")
@@ -139,7 +139,7 @@ def prepare(
 
     for i in tl.static_range(N_SCALAR_STATES):
         store_number(addresses[i], scalar_states[i])
-    store_number(ema_step_address, ema_step + 1)
+    store_number(ema_begun_address, ones)
     scalars_ptr += tensors * (N_SCALARS + 1)
     for i in tl.static_range(N_SCALARS):
         tl.store(scalars_ptr + i, scalars[i] + tl.zeros_like(hyper[0]), mask=mask)

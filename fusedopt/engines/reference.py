@@ -169,12 +169,13 @@ def _widened(
 
 def _average(entry: Entry, row: Row, weights: Tensor, decay: float) -> None:
     """Move the average of a parameter towards its new weights."""
-    ema, ema_step = row[-1], row[len(entry.begun_names) - 1]  # which come last among the states, and these numbers
-    steps = dry.item(ema_step)
+    ema, ema_begun = row[-1], row[len(entry.begun_names) - 1]  # which come last among the states, and these numbers
+    begun = dry.item(ema_begun)
     average = _widen(ema, weights.dtype)
-    average.lerp_(weights, 1 - decay if steps else 1.0)
+    average.lerp_(weights, 1 - decay if begun else 1.0)
     _narrow(ema, average)
-    ema_step.fill_(steps + 1)
+    if not begun:
+        ema_begun.fill_(1.0)
 
 
 class _Rounding:

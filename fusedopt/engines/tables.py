@@ -48,7 +48,7 @@ class Item:
     tensor: int  # the place of the parameter among all of the optimizer's, for stochastic rounding
     seed: int  # as a signed number
     addresses: tuple[int, ...]  # parameter, states, what keeps the parameter's lost part, the average; 0 = absent
-    scalar_addresses: tuple[int, ...]  # of `number_address`; the last one counts the averagings
+    scalar_addresses: tuple[int, ...]  # of `number_address`; the last one says whether the average has begun
     part: int = 0  # of `Ranks`
     first: int = 0  # the place of the first element in the whole parameter, for stochastic rounding
 

@@ -16,7 +16,7 @@ from ..step.gate import Gate
 from ..step.hyper import Hyper
 from ..step.live import Live, Row
 from ..storage import dtypes
-from ..storage.averaging import EMA, EMA_STEP
+from ..storage.averaging import EMA, EMA_BEGUN
 from .signature import Signature
 from .tables import Item, Tables, number_address
 
@@ -56,7 +56,7 @@ class KernelStep:
             self._grad_strides[position] = stride
         named = dict(zip(entry.names, row, strict=True))
         signature = signature_of(optimizer, entry, param.dtype, named)
-        scalar_states = [named.get(name) for name in (*optimizer.scalar_states, EMA_STEP)]
+        scalar_states = [named.get(name) for name in (*optimizer.scalar_states, EMA_BEGUN)]
         states = [named.get(name) for name in (*optimizer.states, entry.kept or "", EMA)]
         return Item(
             position=position,

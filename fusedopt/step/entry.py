@@ -14,8 +14,8 @@ from torch import Tensor
 from ..options import is_number, option
 from ..protocol import Begun, Group, OptimizerLike
 from ..storage import dtypes, precision
-from ..storage.averaging import EMA, EMA_STEP, ema_dtype
-from ..storage.states import check_complete, create_states, settle_begun
+from ..storage.averaging import EMA, EMA_BEGUN, ema_dtype
+from ..storage.states import begun_of, check_complete, create_states, what_begins
 from . import graphs, layout, sharding
 from .dry import is_simulated
 from .hyper import tuple_getter
@@ -122,7 +122,7 @@ def entries_of(
         seed = option(group, "seed") if precision.is_stochastic(group) else None
         averaged = option(group, "ema_decay") is not None
         used = [name for name in optimizer.scalar_states if optimizer.uses(name, group)]
-        begun_names = (*filter(optimizer.begun.__contains__, used), *([EMA_STEP] if averaged else []))
+        begun_names = (*filter(optimizer.begun.__contains__, used), *([EMA_BEGUN] if averaged else []))
         scalar_names = begun_names + tuple(name for name in used if name not in optimizer.begun)
         scalar_slots = tuple(
             scalar_names.index(name) if name in scalar_names else -1 for name in optimizer.scalar_states
@@ -239,7 +239,7 @@ def is_ready(optimizer: OptimizerLike, entry: Entry, param: Tensor, begun: Begun
     held = sharding.local(param)
     if entry.grad_meta is None or entry.grad_meta[1:3] != (held.device, held.shape) or layout.overlaps_itself(held):
         return False
-    if not begun.get(param, {}).keys() >= set(entry.begun_names):
+    if not all(isinstance(begun_of(optimizer, name, state, begun), Tensor) for name in entry.begun_names):
         return False
     states = [state.get(name) for name in entry.keys]
     return all(isinstance(value, Tensor) for value in states) and all(
@@ -253,10 +253,9 @@ def settle_states(optimizer: OptimizerLike, entry: Entry, param: Tensor, grad: T
         return
     group = optimizer.param_groups[entry.group]
     state = optimizer.state[param]
-    if entry.begun_names:
-        flags = begun.setdefault(param, {})
-        settle_begun(optimizer, entry.begun_names, state, flags)
-        flags.update((name, _settled_scalar(value, param, entry.kernels)) for name, value in flags.items())
+    numbers = {name: begun_of(optimizer, name, state, begun) for name in entry.begun_names}
+    if graphs.is_capturing() and not all(isinstance(number, Tensor) for number in numbers.values()):
+        raise RuntimeError(f"nobody has counted the steps of {entry.name} yet: make a step before the capture")
     if any(state.get(name) is None for name in entry.keys):
         check_complete(optimizer, state, entry.name)
         if graphs.is_capturing():
@@ -277,6 +276,8 @@ def settle_states(optimizer: OptimizerLike, entry: Entry, param: Tensor, grad: T
         settled = _settled_state(held, held_param, grad, entry.kernels)
         if settled is not held:
             state[name] = sharding.like(settled, param) if sharding.is_sharded(param) else settled
+    for name, number in numbers.items():
+        begun[state[what_begins(optimizer, name)]] = _settled_scalar(number, param, entry.kernels)
 
 
 def _settled_scalar(value: Any, param: Tensor, kernels: bool) -> Tensor:

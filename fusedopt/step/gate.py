@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -141,25 +140,26 @@ class Gate:
         return skip, unscale, clip
 
 
-def settled_counter(group: Group, key: str, counter: Tensor | int, device: torch.device, saved: bool) -> Tensor:
+def settled_counter(groups: Sequence[Group], key: str, counter: Tensor | int, device: torch.device) -> Tensor:
     """What counts steps as a 0-d int64 tensor on this device.
 
     Args:
-        group: the first param group, which gets it where it is saved.
-        key: by which it is saved.
-        counter: what has counted so far, if the group has none.
+        groups: those that save it, all of them, for a checkpoint may have them in another order. A group that has a key
+            asks every checkpoint for it.
+        key: by which they do.
+        counter: what has counted so far, if they do not know.
         device: where the step is decided.
-        saved: whether it is. A group that has the key asks every checkpoint for it.
     """
-    current: Any = group.get(key, counter)
-    settled = isinstance(current, Tensor) and (current.shape, current.dtype) == ((), torch.int64)
-    if not settled or current.device != device:
+    counts = [group.get(key, counter) for group in groups]
+    if not all(count is counter for count in counts):
+        counter = max(map(int, counts))  # of groups that have been loaded, or added
+    if not (isinstance(counter, Tensor) and counter.dtype == torch.int64 and counter.device == device):
         if graphs.is_capturing():
             raise RuntimeError(f"nothing counts {key.removeprefix(PREFIX)} yet: make a step before the capture")
-        current = torch.full((), int(current), dtype=torch.int64, device=device)
-    if saved or key in group:
-        group[key] = current
-    return current
+        counter = torch.full((), int(counter), dtype=torch.int64, device=device)
+    for group in groups:
+        group[key] = counter
+    return counter
 
 
 def _sums(grads: Sequence[Tensor]) -> Tensor:

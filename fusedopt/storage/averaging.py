@@ -13,7 +13,7 @@ from ..protocol import OptimizerLike
 from .dtypes import real_dtype
 
 EMA = "ema"
-EMA_STEP = "ema_step"  # 0 until the average has begun: the first time it becomes the weights themselves
+EMA_BEGUN = "ema_begun"  # 0 until the average has begun: the first time it becomes the weights themselves
 _SWAPPED: set[int] = set()  # ids of the states of optimizers that are within `swapped`
 
 

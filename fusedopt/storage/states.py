@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
-from ..options import PREFIX, option
-from ..protocol import Group, OptimizerLike
-from .averaging import EMA, EMA_STEP, new_ema
+from ..options import option
+from ..protocol import Begun, Group, OptimizerLike
+from .averaging import EMA, EMA_BEGUN, new_ema
 from .precision import (
     KAHAN_COMP,
     MASTER_PARAM,
@@ -19,9 +18,6 @@ from .precision import (
 )
 
 ADDED = (MASTER_PARAM, KAHAN_COMP, EMA)  # what options add to the states of every class
-# Keys of the first param group, which torch.distributed.checkpoint saves; no state, whatever becomes of parameters.
-SKIPPED_STEPS = PREFIX + "skipped_steps"
-ROUNDING_STEP = PREFIX + "rounding_step"  # how many steps have been rounded at random: counts the random numbers
 
 
 def create_states(optimizer: OptimizerLike, param: Tensor, state: dict[str, Any], group: Group) -> None:
@@ -38,45 +34,32 @@ def create_states(optimizer: OptimizerLike, param: Tensor, state: dict[str, Any]
         state[EMA] = new_ema(param)
 
 
-def settle_begun(optimizer: OptimizerLike, names: Sequence[str], state: dict[str, Any], flags: dict[str, Any]) -> None:
-    """Say of states that are not there that they begin with this step, and of others that they have begun.
+def begun_of(optimizer: OptimizerLike, name: str, state: dict[str, Any], begun: Begun) -> Any:
+    """The number of this name, which says whether one of the states of a parameter has begun.
 
-    These numbers lie beside `optimizer.state`, in which torch keeps no number but `step`: programs that replace
-    parameters cut or lengthen all other states. What they, or a checkpoint, put there has begun.
-
-    Args:
-        optimizer: the optimizer.
-        names: of the numbers.
-        state: the state of one parameter, before what is missing is created.
-        flags: its numbers, which are changed.
+    It lies beside `optimizer.state`, in which torch keeps no number but `step`: programs that replace parameters cut or
+    lengthen all other states. It belongs to a tensor: 0 to one that was created for a step that may have been skipped.
+    What programs, or a checkpoint, put there has begun.
     """
-    for name in names:
-        if state.get(_begins(optimizer)[name]) is None:
-            flags[name] = 0.0
-        else:
-            flags.setdefault(name, 1.0)
+    tensor = state.get(what_begins(optimizer, name))
+    return 0.0 if tensor is None else begun.get(tensor, 1.0) if isinstance(tensor, Tensor) else 1.0
+
+
+def what_begins(optimizer: OptimizerLike, name: str) -> str:
+    """The state of which such a number tells."""
+    return EMA if name == EMA_BEGUN else optimizer.begun[name]
 
 
 def without_unbegun(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
     """A state_dict post-hook: leaves out the states of which the first step was skipped, as torch has none then."""
-    begins = _begins(optimizer)
-    places = {
-        param: place
-        for group, packed in zip(optimizer.param_groups, state_dict["param_groups"], strict=True)
-        for param, place in zip(group["params"], packed["params"], strict=True)
+    begun = optimizer._stepper.begun
+    states = {
+        key: {name: value for name, value in state.items() if not isinstance(value, Tensor) or begun.get(value, 1) != 0}
+        if isinstance(state, dict) and any(isinstance(value, Tensor) and value in begun for value in state.values())
+        else state
+        for key, state in state_dict["state"].items()
     }
-    states = dict(state_dict["state"])
-    for param, flags in optimizer._stepper.begun.items():
-        hidden = {begins[name] for name, begun in flags.items() if not begun}
-        if hidden and places.get(param) in states:
-            state = states[places[param]]
-            states[places[param]] = {name: value for name, value in state.items() if name not in hidden}
     return {**state_dict, "state": states}
-
-
-def _begins(optimizer: OptimizerLike) -> dict[str, str]:
-    """The state of which each of these numbers tells."""
-    return {**optimizer.begun, EMA_STEP: EMA}
 
 
 def check_complete(optimizer: OptimizerLike, state: dict[str, Any], name: str) -> None:

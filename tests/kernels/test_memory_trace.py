@@ -136,8 +136,8 @@ def with_states(case, param_dtype, grad_dtype, **options):
 
 def states_of(optimizer):
     """And the numbers that say whether they have begun."""
-    everything = (*optimizer.state.values(), *optimizer._stepper.begun.values())
-    return [value for state in everything for value in state.values() if isinstance(value, torch.Tensor)]
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    return [value for value in (*states, *optimizer._stepper.begun.values()) if isinstance(value, torch.Tensor)]
 
 
 @pytest.mark.parametrize("dtypes", DTYPES)

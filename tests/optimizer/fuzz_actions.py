@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.optim.lr_scheduler import ExponentialLR
 
-from fusedopt.options import KEYS, SHARED
+from fusedopt.options import COUNTERS, KEYS, SHARED
 from fusedopt.storage.states import ADDED
 from tests.twins import snapshot
 
@@ -394,7 +394,7 @@ class Actions:
         self.theirs.load_state_dict(copy.deepcopy(self.ours.state_dict()))
         for group in self.theirs.param_groups:
             group["foreach"] = False
-            for key in KEYS.values():
+            for key in (*KEYS.values(), *COUNTERS):
                 group.pop(key, None)
         for name in ADDED:
             self.drop_of(self.theirs, name)

@@ -46,9 +46,9 @@ def test_one_step_of_rounding_a_backward(backend):
                 loss(network, layers, step).backward()
             optimizer.step()
             optimizer.zero_grad()
-        counters.add(id(steps.optimizer.param_groups[0]["fusedopt_rounding_step"]))
+        counters.add(id(steps.optimizer.param_groups[1]["fusedopt_rounding_step"]))
         assert_same(steps.optimizer, ordinary)
-    assert steps.optimizer.param_groups[0]["fusedopt_rounding_step"] == 4
+    assert steps.optimizer.param_groups[1]["fusedopt_rounding_step"] == 4
     assert len(counters) == 1, "a captured graph would advance another tensor than it reads"
 
 
@@ -132,4 +132,4 @@ def test_the_reference_does_not_ask_for_a_count_that_it_does_not_need(monkeypatc
         loss(model, (0, 1), 0).backward()
         optimizer.step()
     assert not asked
-    assert optimizer.param_groups[0]["fusedopt_rounding_step"] == 2
+    assert optimizer.param_groups[1]["fusedopt_rounding_step"] == 2

@@ -135,7 +135,7 @@ BROKEN = {
     "returns 1 scalar states, but 2 are declared": {"scalar_states": ("step", "other")},
     "declares 'momentum', but its defaults have no such key": {"hyperparameters": ("lr", "momentum")},
     "declares the state 'master_param'": {"states": ("master_param",)},
-    "declares the state 'ema_step'": {"scalar_states": ("ema_step",)},
+    "declares the state 'ema_begun'": {"scalar_states": ("ema_begun",)},
     "`begun` of Broken must name": {"begun": {"begun": "memory"}},
 }
 

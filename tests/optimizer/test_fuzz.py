@@ -17,7 +17,7 @@ from torch import nn
 
 import fusedopt
 from fusedopt.options import KEYS
-from fusedopt.storage.averaging import EMA, EMA_STEP
+from fusedopt.storage.averaging import EMA
 from fusedopt.storage.precision import KAHAN_COMP, MASTER_PARAM, kept_state, state_dtype
 from fusedopt.storage.states import ADDED
 from tests import oracle, rounding_oracle
@@ -156,7 +156,8 @@ class Twins(Actions):
     def averages(self):
         """The average of each parameter, None where it has none, or one that has not begun."""
         states = [self.ours.state.get(p, {}) for p, _ in self.pairs]
-        return [state[EMA].clone() if EMA in state and state.get(EMA_STEP) != 0 else None for state in states]
+        begun = self.ours._stepper.begun
+        return [state[EMA].clone() if EMA in state and begun.get(state[EMA]) != 0 else None for state in states]
 
     def check_average(self, p, before, tolerance, what):
         """It has moved towards the parameter, or begun with it."""

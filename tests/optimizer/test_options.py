@@ -103,3 +103,24 @@ def test_defaults_are_arguments_and_groups_have_keys():
     assert optimizer.defaults.keys() >= {*DEFAULTS, "backend"}
     assert not {*DEFAULTS, "backend"} & optimizer.param_groups[0].keys()
     assert optimizer.param_groups[0]["fusedopt_ema_decay"] == 0.9
+
+
+def test_an_option_that_is_none():
+    optimizer = fusedopt.SGD(make_params(), lr=0.1)
+    with pytest.raises(TypeError, match=r"SGD has no option 'fusedopt_clip', but it has .*fusedopt_max_grad_norm"):
+        optimizer.add_param_group({"params": make_params(), "fusedopt_clip": 1.0})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_a_refused_group_is_left_as_it_was():
+    params = make_params()
+    optimizer = fusedopt.SGD(params, lr=0.1)
+    group = {"params": params}
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        optimizer.add_param_group(group)
+    assert group.keys() == {"params"}
+
+
+def test_zero_repeats_the_options_of_the_constructor():
+    optimizer = fusedopt.AdamW([{"params": make_params(), "ema_decay": 0.9, "backend": "auto"}], ema_decay=0.9)
+    assert optimizer.param_groups[0]["fusedopt_ema_decay"] == 0.9

@@ -1,6 +1,8 @@
 """Programs that cut, lengthen and replace parameters with their states, as Gaussian splatting and pruning do."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -87,7 +89,6 @@ def test_all_states_but_those_of_torch_have_the_shape_of_their_parameter(case, d
         for param, state in optimizer.state.items():
             for name, value in state.items():
                 assert value.shape == param.shape or name in {"step", "mu_product", "eta", "mu"}, name
-        assert optimizer._stepper.begun.keys() <= {p for group in optimizer.param_groups for p in group["params"]}
         operate(optimizer, CUTS["lengthened"])
 
 
@@ -115,3 +116,102 @@ def test_random_numbers_go_on(backend):
     plain = steps(None, None)
     assert len(set(plain)) == 4
     assert steps(1, None) == steps(None, 1) == plain
+
+
+def skipped_first_step(backend):
+    """Two optimizers, ours after a step that was skipped, so that its states are there and have not begun."""
+    options = {"lr": 0.1, "momentum": 0.9, "dampening": 0.5}
+    mine = fusedopt.SGD(make_params(), backend=backend, skip_nonfinite=True, ema_decay=0.5, **options)
+    for param in mine.param_groups[0]["params"]:
+        param.grad = torch.full_like(param, float("nan"))
+    mine.step()
+    return mine, torch.optim.SGD(make_params(), **options)
+
+
+def moved(optimizer):
+    for place, param in enumerate(optimizer.param_groups[0]["params"]):
+        new = torch.nn.Parameter(param.detach().clone())
+        if param in optimizer.state:
+            optimizer.state[new] = optimizer.state.pop(param)
+        optimizer.param_groups[0]["params"][place] = new
+
+
+def written(optimizer):
+    for param in optimizer.param_groups[0]["params"]:
+        optimizer.state[param]["momentum_buffer"] = torch.full_like(param, 2.0)
+
+
+def away_for_a_step(optimizer):
+    away = optimizer.param_groups[0]["params"].pop()
+    train(optimizer, 7)
+    optimizer.param_groups[0]["params"].append(away)
+
+
+@pytest.mark.parametrize("act", [moved, written, away_for_a_step])
+def test_what_has_begun_belongs_to_the_state(act, backend):
+    mine, theirs = skipped_first_step(backend)
+    for optimizer in (mine, theirs):
+        act(optimizer)
+        for step in range(2):
+            train(optimizer, step)
+    assert_same_buffers(mine, theirs)
+    first_average = next(iter(mine.state.values()))["ema"]
+    assert not torch.equal(first_average, make_params()[0]), "it has begun with the weights after a step"
+
+
+def assert_same_buffers(mine, theirs):
+    for param, other in zip(mine.param_groups[0]["params"], theirs.param_groups[0]["params"], strict=True):
+        torch.testing.assert_close(param, other)
+        torch.testing.assert_close(mine.state[param]["momentum_buffer"], theirs.state[other]["momentum_buffer"])
+
+
+def test_a_shallow_copy_shares_states_and_what_has_begun(backend):
+    mine, theirs = fusedopt.SGD(make_params(), lr=0.1, momentum=0.9, dampening=0.5, backend=backend), None
+    other = copy.copy(mine)
+    for param in mine.param_groups[0]["params"]:
+        param.grad = torch.full_like(param, float("nan"))
+    mine.found_inf = 1.0
+    mine.step()
+    theirs = torch.optim.SGD(make_params(), lr=0.1, momentum=0.9, dampening=0.5)
+    for optimizer in (other, theirs):
+        for step in range(2):
+            train(optimizer, step)
+    assert_same_buffers(other, theirs)
+
+
+def test_nothing_holds_what_is_gone(backend):
+    optimizer = fusedopt.SGD(make_params(), lr=0.1, momentum=0.9, dampening=0.5, ema_decay=0.5, backend=backend)
+    train(optimizer, 0)
+    gone = [weakref.ref(value) for param, state in optimizer.state.items() for value in (param, *state.values())]
+    optimizer.state.clear()
+    optimizer.param_groups[0]["params"] = make_params()
+    gc.collect()
+    assert not any(reference() is not None for reference in gone)
+
+
+def test_groups_keep_the_count(backend):
+    """Whichever of them go, and in whatever order a checkpoint has them."""
+
+    def make_groups():
+        return [{"params": [param]} for param in make_params(BF16)]
+
+    options = {"lr": 0.1, "rounding": "stochastic", "skip_nonfinite": True, "backend": backend}
+    optimizer = fusedopt.SGD(make_groups(), **options)
+    for step in range(3):
+        train(optimizer, step)
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"] = [{**group, "params": [place]} for place, group in enumerate(saved["param_groups"][::-1])]
+    other = fusedopt.SGD(make_groups(), **options)
+    other.load_state_dict(saved)
+    train(other, 3)
+    assert other.param_groups[1]["fusedopt_rounding_step"] == 4
+    copied = fusedopt.SGD([{**group, "params": make_params(BF16)} for group in optimizer.param_groups[:1]], **options)
+    del optimizer.param_groups[0]
+    train(optimizer, 3)
+    assert optimizer.param_groups[0]["fusedopt_rounding_step"] == 4
+    train(copied, 0)
+    assert copied.param_groups[0]["fusedopt_rounding_step"] == 1
+    assert optimizer.param_groups[0]["fusedopt_rounding_step"] == 4
+    optimizer.param_groups.clear()
+    optimizer.step()
+    assert optimizer.skipped_steps == 0
