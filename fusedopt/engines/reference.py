@@ -35,7 +35,8 @@ class ReferenceStep:
         # autograd, and here nothing is kept but by tensors that hold others: these may replace what they hold.
         kinds = {*map(type, live.watched), *map(type, live.present)}
         inference_mode: Callable[[], Any] = partial(torch._C._InferenceMode, True)
-        self._mode = inference_mode if all(map(layout.has_own_memory, kinds)) else torch.no_grad
+        is_plain = all(map(layout.has_own_memory, kinds)) and not any(map(_is_sparse_complex, live.present))
+        self._mode = inference_mode if is_plain else torch.no_grad
 
     def read_gradients(self, live: Live, gate: Gate) -> None:
         """Tell the gate what the gradients are like."""
@@ -198,6 +199,11 @@ class _Rounding:
         counter = self._seed, self._tensor, self._step, stream
         random = rounding.random_bits(*counter, value.numel(), value.device, self._first)
         return rounding.stochastic(value.float(), dtype, random.as_strided(value.shape, self._stride))
+
+
+def _is_sparse_complex(grad: Tensor) -> bool:
+    """Whether torch has no view of its parts in inference mode."""
+    return grad.is_sparse and grad.is_complex()
 
 
 def _widen(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -227,6 +227,16 @@ def test_states_come_before_the_capture(graph):
     assert not optimizer.state or not any(optimizer.state.values())
 
 
+def test_what_has_begun_comes_before_the_capture(graph):
+    """States that have been loaded are there, but what says that they have begun would be a part of the graph."""
+    optimizer = make(ema_decay=0.9)
+    optimizer.load_state_dict(stepped(make(ema_decay=0.9)).state_dict())
+    new_grads(optimizer, 0)
+    with graph, pytest.raises(RuntimeError, match="make a step before the capture"):
+        optimizer.step()
+    assert not graph.launches
+
+
 def test_the_counter_comes_before_the_capture(graph):
     optimizer = stepped(make())
     optimizer.param_groups[0]["fusedopt_skip_nonfinite"] = True

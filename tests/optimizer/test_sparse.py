@@ -74,6 +74,21 @@ def test_their_norm(layout):
     torch.testing.assert_close(param.detach().to_dense(), before - step)
 
 
+@pytest.mark.parametrize("momentum", [0, 0.9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+def test_sparse_gradients_of_dense_parameters(dtype, momentum):
+    values = []
+    for factory in (make, make_torch):
+        param = Parameter(torch.ones(3, 4, dtype=dtype))
+        optimizer = factory("SGD", [param], lr=0.1, momentum=momentum)
+        for step in range(2):
+            param.grad = torch.full((3, 4), 1 + 2j if dtype.is_complex else 1.0, dtype=dtype).to_sparse(1)
+            param.grad = param.grad * (step + 1)
+            optimizer.step()
+        values.append(param.detach())
+    torch.testing.assert_close(*values)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_scaled(layout):
     params = [Parameter(of_layout(layout, seed)) for seed in range(2)]
