@@ -34,7 +34,7 @@ from .step.sharding import check_whole, is_sharded, opened
 from .step.unscaling import GradMemory
 from .step.watch import Watch, meta
 from .storage.precision import is_stochastic
-from .storage.states import begun_of
+from .storage.states import begun_of, what_begins
 
 DEBUG = os.environ.get("FUSEDOPT_DEBUG", "0") not in ("", "0")
 
@@ -112,6 +112,12 @@ class Plan:
             tensor.layout != torch.strided or isinstance(tensor, FakeTensor) for tensor in live.watched
         )
         self._grad_memory = GradMemory(self.entries)
+        self._begins = [
+            (entry.row, entry.names.index(what_begins(optimizer, name)))
+            for entry in self.entries
+            for name in entry.begun_names
+        ]
+        self._begun_ids = self._ids_of_begun(live)
         self._had_grad: list[bool] = []  # for each entry; nothing where all have one
         self._grad_watch: Watch | None = None
         for entry, param in zip(self.entries, live.params, strict=True):
@@ -178,6 +184,8 @@ class Plan:
                 return None
         except (KeyError, TypeError, AttributeError, RuntimeError):
             return None  # a state is gone, no tensor any more, or without an address
+        if self._begins and self._ids_of_begun(live) != self._begun_ids:
+            return None
         if not self._grads_lie_as_known(live) or not (self._kernels is None or self._kernels.is_current()):
             return None
         return live
@@ -230,6 +238,10 @@ class Plan:
         tables = [None if plan._kernels is None else plan._kernels.describe() for plan in (self, other)]
         addresses = [plan._watch.addresses for plan in (self, other)]
         return self.entries == other.entries and addresses[0] == addresses[1] and tables[0] == tables[1]
+
+    def _ids_of_begun(self, live: Live) -> list[int]:
+        """Which states the numbers tell of that say whether they have begun."""
+        return [id(live.rows[row][place]) for row, place in self._begins]
 
     def _grads_lie_as_known(self, live: Live) -> bool:
         has_grad = [] if live.complete else [grad is not None for grad in live.grads]

@@ -150,16 +150,20 @@ def settled_counter(groups: Sequence[Group], key: str, counter: Tensor | int, de
         counter: what has counted so far, if they do not know.
         device: where the step is decided.
     """
-    counts = [group.get(key, counter) for group in groups]
-    if not all(count is counter for count in counts):
-        counter = max(map(int, counts))  # of groups that have been loaded, or added
-    if not (isinstance(counter, Tensor) and counter.dtype == torch.int64 and counter.device == device):
+    counts = [group.get(key, counter) for group in groups] or [counter]
+    settled = counts[0]
+    if not (_is_counter(settled, device) and all(count is settled for count in counts)):
         if graphs.is_capturing():
             raise RuntimeError(f"nothing counts {key.removeprefix(PREFIX)} yet: make a step before the capture")
-        counter = torch.full((), int(counter), dtype=torch.int64, device=device)
+        # Groups that were loaded, or added, have counts of their own.
+        settled = torch.full((), max(map(int, counts)), dtype=torch.int64, device=device)
     for group in groups:
-        group[key] = counter
-    return counter
+        group[key] = settled
+    return settled
+
+
+def _is_counter(value: object, device: torch.device) -> bool:
+    return isinstance(value, Tensor) and (value.shape, value.dtype, value.device) == ((), torch.int64, device)
 
 
 def _sums(grads: Sequence[Tensor]) -> Tensor:

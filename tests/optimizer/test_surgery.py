@@ -147,8 +147,10 @@ def away_for_a_step(optimizer):
     optimizer.param_groups[0]["params"].append(away)
 
 
+@pytest.mark.parametrize("debug", [False, True])
 @pytest.mark.parametrize("act", [moved, written, away_for_a_step])
-def test_what_has_begun_belongs_to_the_state(act, backend):
+def test_what_has_begun_belongs_to_the_state(act, debug, backend, monkeypatch):
+    monkeypatch.setattr(fusedopt.plan, "DEBUG", debug)
     mine, theirs = skipped_first_step(backend)
     for optimizer in (mine, theirs):
         act(optimizer)
