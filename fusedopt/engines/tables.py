@@ -101,7 +101,7 @@ class Tables:
         self._one = torch.ones((), dtype=torch.float32, device=device)
         self._zero = torch.zeros((), dtype=torch.float32, device=device)
         self._unread = torch.zeros(1, dtype=torch.float64, device=device)
-        self._uncounted = torch.zeros((), dtype=torch.int64, device=device)
+        self._uncounted = torch.zeros(2, dtype=torch.int64, device=device).unbind()
 
         # What may differ between two steps: gradients, numbers, addresses of numbers, limits.
         n_numbers = len(optimizer.param_groups) * (n_hyper + 1)
@@ -152,8 +152,8 @@ class Tables:
             gate.grad_norm = grad_norm
         rounding_step, advance = gate.take_rounding_step()
         counters = [
-            (counter, self._uncounted if counter is None else counter.to(self.device, non_blocking=True))
-            for counter in (gate.take_counter(), rounding_step)
+            (counter, instead if counter is None else counter.to(self.device, non_blocking=True))
+            for counter, instead in zip((gate.take_counter(), rounding_step), self._uncounted, strict=True)
         ]
         gate.decided = True
         found_inf = _on(self.device, gate.found_inf, self._zero)
