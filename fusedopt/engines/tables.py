@@ -101,7 +101,7 @@ class Tables:
         self._one = torch.ones((), dtype=torch.float32, device=device)
         self._zero = torch.zeros((), dtype=torch.float32, device=device)
         self._unread = torch.zeros(1, dtype=torch.float64, device=device)
-        self._uncounted = torch.zeros(2, dtype=torch.int64, device=device).unbind()
+        self._uncounted = [torch.zeros((), dtype=torch.int64, device=device) for _ in range(2)]
 
         # What may differ between two steps: gradients, numbers, addresses of numbers, limits.
         n_numbers = len(optimizer.param_groups) * (n_hyper + 1)

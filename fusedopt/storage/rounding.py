@@ -72,4 +72,4 @@ def philox(counter: tuple[Tensor, int, int, int], key: tuple[int, int]) -> list[
         c0, c1 = (b >> 32 & MASK32) ^ c1 ^ k0, b & MASK32
         c2, c3 = (a >> 32 & MASK32) ^ c3 ^ k1, a & MASK32
         k0, k1 = (k0 + 0x9E3779B9) & MASK32, (k1 + 0xBB67AE85) & MASK32
-    return torch.broadcast_tensors(c0, c1, c2, c3)
+    return [c0, c1, c2, c3]  # of one shape: each round hands that of c0 on
