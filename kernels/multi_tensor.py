@@ -129,6 +129,9 @@ def prepare(
         address = tl.load(scalar_states_ptr + i, mask=mask, other=0)
         addresses += (address,)
         scalar_states += (load_number(address, ones),)
+    ema_begun_address = tl.load(scalar_states_ptr + N_SCALAR_STATES, mask=mask, other=0)
+    ema_begun = load_number(ema_begun_address, ones)
+    ema_weight = tl.where(ema_begun == 0, 1.0, 1 - ema_decay)
 
     scalars, scalar_states = SCALARS(hyper, scalar_states)
     tl.static_assert(len(scalars) == N_SCALARS, "the rule has another number of scalars than its reference")
@@ -136,14 +139,11 @@ def prepare(
 
     for i in tl.static_range(N_SCALAR_STATES):
         store_number(addresses[i], scalar_states[i])
+    store_number(ema_begun_address, ones)
     scalars_ptr += tensors * (N_SCALARS + 1)
     for i in tl.static_range(N_SCALARS):
         tl.store(scalars_ptr + i, scalars[i] + tl.zeros_like(hyper[0]), mask=mask)
-
-    ema_begun_address = tl.load(scalar_states_ptr + N_SCALAR_STATES, mask=mask, other=0)
-    ema_begun = load_number(ema_begun_address, ones)
-    store_number(ema_begun_address, ones)
-    tl.store(scalars_ptr + N_SCALARS, tl.where(ema_begun == 0, 1.0, 1 - ema_decay), mask=mask)
+    tl.store(scalars_ptr + N_SCALARS, ema_weight, mask=mask)
 
 
 @triton.jit
