@@ -97,8 +97,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     State:
         Beside those of the class, ``master_param`` (fp32) or ``kahan_comp`` (of the parameter's dtype) for 16-bit
-        parameters; ``ema`` (of the parameter's
-        dtype, fp32 for 16-bit ones, from the master weights or the compensated ones where they are kept).
+        parameters; ``ema`` (of the parameter's dtype, fp32 for 16-bit ones, from the master weights or the compensated
+        ones where they are kept).
 
     Raises:
         TypeError: the class does not declare what is asked for above, or its parts disagree; `seed` is no int;

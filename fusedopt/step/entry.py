@@ -66,7 +66,12 @@ class Entry:
     @property
     def keys(self) -> tuple[str, ...]:
         """Those of them that lie in the parameter's state."""
-        return self.names[len(self.begun_names) :]
+        return self.scalar_keys + self.state_names
+
+    @property
+    def scalar_keys(self) -> tuple[str, ...]:
+        """Those of them that are one number."""
+        return self.scalar_names[len(self.begun_names) :]
 
 
 def _state_picker(
@@ -227,7 +232,7 @@ def check_states(optimizer: OptimizerLike, entry: Entry, param: Tensor) -> None:
                 f"state {state_name!r} of {name} is {value.dtype} of shape {tuple(value.shape)}, "
                 f"but the parameter is {param.dtype} of shape {tuple(param.shape)}"
             )
-    for state_name in entry.scalar_names[len(entry.begun_names) :]:
+    for state_name in entry.scalar_keys:
         value = state.get(state_name, 0.0)
         if not (value.numel() == 1 if isinstance(value, Tensor) else is_number(value)):
             raise RuntimeError(f"state {state_name!r} of {name} must be one number, but it is {value!r}")
@@ -264,7 +269,7 @@ def settle_states(optimizer: OptimizerLike, entry: Entry, param: Tensor, grad: T
                 "make a step before the capture"
             )
         create_states(optimizer, param, state, group)
-    for name in entry.scalar_names[len(entry.begun_names) :]:
+    for name in entry.scalar_keys:
         state[name] = _settled_scalar(state[name], param, entry.kernels)
     if entry.kept is not None:
         state[entry.kept] = state[entry.kept].to(precision.kept_dtype(entry.kept, param.dtype))
