@@ -294,20 +294,18 @@ class FusedOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: Group) -> None:
         """Add a param group, as ``torch.optim.Optimizer.add_param_group``."""
         own = set(param_group) if isinstance(param_group, dict) else set()
+        count = len(self.param_groups)
         try:
             super().add_param_group(param_group)
-        except Exception:
-            for key in set(param_group) - own if isinstance(param_group, dict) else ():
-                del param_group[key]  # which torch has put there, and which are no options of this group
-            raise
-        try:
             settle_options(self, self.param_groups[-1], own)
-            self._check_group(len(self.param_groups) - 1)
+            self._check_group(count)
             begin_counters(self.param_groups[-1])
             if self._steps_in_backward is not None:
                 self._steps_in_backward.refresh()
         except Exception:
-            self.param_groups.pop()
+            del self.param_groups[count:]
+            for key in param_group.keys() - own if own else ():
+                del param_group[key]  # which torch has put there, and which are no options of this group
             raise
 
     def _check_group(self, index: int) -> None:
