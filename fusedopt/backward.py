@@ -17,7 +17,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
-from .engines.choice import use_kernels
+from .engines.choice import engine
 from .optimizer import FusedOptimizer
 from .options import ROUNDING_STEP, takes_all_gradients
 from .protocol import Group
@@ -316,7 +316,7 @@ def _count_rounding(optimizer: FusedOptimizer, param: Tensor) -> None:
     """Count one step of rounding at random, for all parameters. Where the first of them steps nobody has to wait."""
     first, *others = optimizer.param_groups
     group = next((group for group in others if any(other is param for other in group["params"])), first)
-    device = local(param).device if use_kernels(optimizer.backend, group, param) else torch.device("cpu")
+    device = torch.device("cpu") if engine(optimizer, group, param) == "eager" else local(param).device
     optimizer._stepper.settled_rounding_step(optimizer.param_groups, device).add_(1)
 
 

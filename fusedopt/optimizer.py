@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .declaration import argument_defaults, check_declaration
-from .engines.choice import BACKENDS, triton_is_installed, why_no_kernels
+from .engines.choice import BACKENDS, engine, numba_is_installed, triton_is_installed, why_not
 from .options import SKIPPED_STEPS, begin_counters, check_group, required_keys, settle_options
 from .protocol import Group, Scalars, States
 from .step import amp
@@ -157,8 +158,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise ValueError(f"Invalid backend: {backend!r}, choose one of {', '.join(map(repr, BACKENDS))}")
         if backend == "triton" and not triton_is_installed():
             raise RuntimeError("backend='triton' needs Triton, which is not installed; 'auto' runs without it")
-        if backend == "triton" and defaults.get("fused") is False:
-            raise ValueError("fused=False asks for the reference, backend='triton' for the kernels: choose one")
+        if backend == "compiled" and not numba_is_installed():
+            raise RuntimeError("backend='compiled' needs numba (pip install fusedopt[cpu]); 'auto' runs without it")
+        if backend in ("triton", "compiled") and defaults.get("fused") is False:
+            raise ValueError(f"fused=False asks for the reference, {backend=} for kernels: choose one")
         check_declaration(type(self), FusedOptimizer, defaults)
         self.backend = backend
         self._stepper = Stepper()
@@ -276,7 +279,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         params = [param for group in self.param_groups for param in group["params"]]
         if any(map(is_flattened, params)):
             return False
-        return any(map(is_sharded, params)) or self._stepper.all_in_kernels(self)
+        return any(map(is_sharded, params)) or "eager" not in self._stepper.engines(self)
 
     def swap_ema(self) -> AbstractContextManager[None]:
         """Within the context, every parameter has the value of its average, and the average that of its parameter.
@@ -317,10 +320,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         if group.get("fused") and group.get("foreach"):
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
         check_group(self.param_groups, index)
-        for position, param in enumerate(group["params"] if self.backend == "triton" else ()):
-            why = why_no_kernels(param, interpreted=True)
+        for position, param in enumerate(group["params"]):
+            why = why_not(self.backend, param)
             if why is not None:
-                raise ValueError(f"backend='triton' cannot step parameter {position} of group {index}: {why}")
+                raise ValueError(f"backend={self.backend!r} cannot step parameter {position} of group {index}: {why}")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, also one that ``torch.optim`` saved.
@@ -371,14 +374,12 @@ class FusedOptimizer(torch.optim.Optimizer):
                 group.setdefault(key, default)
 
     def __repr__(self) -> str:
-        kernels = sum(
-            self.backend == "triton" or (self.backend == "auto" and why_no_kernels(param) is None)
-            for group in self.param_groups
-            if group.get("fused") is not False
-            for param in group["params"]
-        )
-        total = sum(len(group["params"]) for group in self.param_groups)
-        runs = "eager" if kernels == 0 else "triton" if kernels == total else f"triton for {kernels} of {total}"
+        counts = Counter(engine(self, group, param) for group in self.param_groups for param in group["params"])
+        total = counts.total()
+        parts = [name if count == total else f"{name} for {count} of {total}" for name, count in counts.items()]
+        runs = ", ".join(parts) or "eager"
+        if self.backend == "auto" and "eager" in counts and not numba_is_installed():
+            runs += "; pip install fusedopt[cpu] makes steps on a CPU faster"
         head, _, rest = super().__repr__().partition("\n")
         return f"{head}\nbackend: {runs} ({self.backend!r} asked for)\n{rest}"
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .engines.choice import check_dtypes, check_reach, use_kernels
+from .engines.choice import check_dtypes, check_reach, engine
 from .engines.reference import ReferenceStep
-from .engines.triton import KernelStep
+from .engines.kernel_step import KernelStep
 from .options import option, takes_all_gradients
 from .protocol import Begun, OptimizerLike
 from .step import graphs, layout
@@ -58,14 +58,14 @@ class Plan:
         if hyper.reads_gradients:
             check_whole(params, partial(param_name, optimizer))
         known = previous.grad_metas() if previous is not None else {}
-        everything = entries_of(optimizer, grads, known, partial(use_kernels, optimizer.backend))
+        everything = entries_of(optimizer, grads, known, partial(engine, optimizer))
         self.entries: list[Entry] = []
         for entry in everything:
             param, grad = params[entry.index], grads[entry.index]
             if grad is not None:
                 check(optimizer, entry, param, grad)
                 if entry.kernels:
-                    check_reach(entry.name, param, grad)
+                    check_reach(entry.engine, entry.name, param, grad)
                 check_states(optimizer, entry, param)
                 self.entries.append(entry)
             elif entry.grad_meta is not None and is_ready(optimizer, entry, param, begun):
@@ -103,7 +103,7 @@ class Plan:
         for entry in self.entries:
             entry.part = self._ranks.part_of[entry.index]
         # Where the host decides it waits anyway; that is so on all ranks or on none.
-        self._compares_ranks = DEBUG or not any(entry.kernels for entry in everything)
+        self._compares_ranks = DEBUG or not any(entry.engine == "triton" for entry in everything)
         self._is_dry = is_dry(opened(params)[0])
         live = self.read(optimizer, params, grads)
         self._specs = live.specs
@@ -190,10 +190,15 @@ class Plan:
             return None
         return live
 
+    def compile(self, unscale: bool, reads_gradients: bool) -> None:
+        """Compile what a step launches. CompileError where that cannot be; nothing has been written then."""
+        if self._kernels is not None:
+            self._kernels.compile(unscale, reads_gradients)
+
     @property
-    def all_in_kernels(self) -> bool:
-        """Whether the kernels step every parameter that the plan knows."""
-        return self._reference is None and self._kernels is not None
+    def engines(self) -> set[str]:
+        """Who steps the parameters that the plan knows."""
+        return {entry.engine for entry in self.entries}
 
     def run(self, optimizer: OptimizerLike, live: Live, hyper: Hyper, gate: Gate) -> None:
         """Step every parameter that has a gradient, if the gate lets the step pass."""

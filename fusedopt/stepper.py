@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from . import plan as plans
-from .engines.choice import use_kernels
+from .engines.choice import engine, refuse
+from .engines.compiled import CompileError
 from .options import ROUNDING_STEP, SKIPPED_STEPS
 from .plan import Plan, all_params, used_states
 from .protocol import Begun, Group, OptimizerLike
@@ -83,7 +84,7 @@ class Stepper:
             gate = Gate(hyper, told.get("grad_scale"), told.get("found_inf"))
             if gate.may_skip and not self.may_skip:
                 self.may_skip, self.plan = True, None
-            plan, live = self._planned(optimizer, hyper, changed)
+            plan, live = self._planned(optimizer, hyper, changed, gate)
         except Exception:
             self.forget()  # whatever was new to this step is new to the next one too
             raise
@@ -108,12 +109,12 @@ class Stepper:
         self.rounding_step = settled_counter(saving, ROUNDING_STEP, self.rounding_step, device)
         return self.rounding_step
 
-    def all_in_kernels(self, optimizer: OptimizerLike) -> bool:
-        """Whether the kernels step every parameter."""
+    def engines(self, optimizer: OptimizerLike) -> set[str]:
+        """Who steps the parameters."""
         if self.plan is not None:
-            return self.plan.all_in_kernels
+            return self.plan.engines
         groups = optimizer.param_groups
-        return all(use_kernels(optimizer.backend, group, param) for group in groups for param in group["params"])
+        return {engine(optimizer, group, param) for group in groups for param in group["params"]}
 
     def _check_capture(self, optimizer: OptimizerLike) -> None:
         if not all(group.get("capturable", True) for group in optimizer.param_groups):
@@ -122,10 +123,12 @@ class Stepper:
                 "the optimizer with capturable=True (or set it in every param group), and make a step before the "
                 "capture"
             )
-        if not self.all_in_kernels(optimizer):
-            raise RuntimeError("a step can be captured in a CUDA graph where the kernels run for all parameters only")
+        if self.engines(optimizer) != {"triton"}:
+            raise RuntimeError("a step can be captured in a CUDA graph where Triton's kernels step all parameters only")
 
-    def _planned(self, optimizer: OptimizerLike, hyper: Hyper, changed: set[str]) -> tuple[Plan, Live]:
+    def _planned(
+        self, optimizer: OptimizerLike, hyper: Hyper, changed: set[str], gate: Gate
+    ) -> tuple[Plan, Live]:
         """The last plan if it still holds, else a new one, and the tensors of this step."""
         plan = self.plan
         # A scheduler changes the learning rate of all groups at every step, and no state depends on it.
@@ -138,10 +141,26 @@ class Stepper:
             return plan, live
         grads = _local_grads(optimizer) if grads is None else grads
         with torch.no_grad():
-            fresh = Plan(optimizer, hyper, self.plan, grads, (self._whole or self).begun)
+            fresh = self._compiled(optimizer, hyper, grads, gate)
         if plan is not None and live is not None and not plan.describes_the_same(fresh):
             raise RuntimeError("FUSEDOPT_DEBUG: something moved since the last step and was not noticed")
         return fresh, fresh.read(optimizer, all_params(optimizer), grads)
+
+
+    def _compiled(
+        self, optimizer: OptimizerLike, hyper: Hyper, grads: Sequence[Tensor | None], gate: Gate
+    ) -> Plan:
+        """A new plan, whose kernels can be launched."""
+        make = partial(Plan, optimizer, hyper, self.plan, grads, (self._whole or self).begun)
+        plan = make()
+        try:
+            plan.compile(gate.grad_scale is not None, gate.reads_gradients)
+        except CompileError as why:
+            if optimizer.backend != "auto":
+                raise
+            refuse(optimizer, why)
+            plan = make()
+        return plan
 
 
 def _local_grads(optimizer: OptimizerLike) -> list[Tensor | None]:

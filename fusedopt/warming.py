@@ -6,10 +6,10 @@ from functools import partial
 
 import torch
 
-from .engines.choice import use_kernels, why_no_kernels
+from .engines.choice import engine, why_not
 from .engines.signature import Signature
 from .engines.tables import Item, Tables
-from .engines.triton import signature_of
+from .engines.kernel_step import signature_of
 from .optimizer import FusedOptimizer
 from .step import graphs
 from .step.entry import entries_of, param_name, state_of
@@ -42,8 +42,8 @@ def warmup(optimizer: FusedOptimizer) -> None:
         raise RuntimeError("warmup within the capture of a CUDA graph, which would replay it: call it before")
     hyper = Hyper(optimizer)
     hyper.refresh(optimizer.param_groups)
-    for device, items in _signatures(optimizer).items():
-        tables = Tables(optimizer, list(items.values()), hyper.count, device)
+    for (device, engine_name), items in _signatures(optimizer).items():
+        tables = Tables(optimizer, list(items.values()), hyper.count, device, engine_name)
         for grad_scale in (None, torch.ones((), device=device)):  # GradScaler may come or not
             gate = Gate(hyper, grad_scale)
             tables.read([0] * len(items), hyper, gate)
@@ -53,15 +53,15 @@ def warmup(optimizer: FusedOptimizer) -> None:
             tables.step(gate)
 
 
-def _signatures(optimizer: FusedOptimizer) -> dict[torch.device, dict[Signature, Item]]:
-    """For each device, what distinguishes kernels, each with an item of one element that is nowhere: it is not read."""
-    found: dict[torch.device, dict[Signature, Item]] = {}
+def _signatures(optimizer: FusedOptimizer) -> dict[tuple[torch.device, str], dict[Signature, Item]]:
+    """For each device and engine, what distinguishes kernels, each with an item of one element that is nowhere: it is not read."""
+    found: dict[tuple[torch.device, str], dict[Signature, Item]] = {}
     nowhere = (0,) * (3 + len(optimizer.states)), (0,) * (1 + len(optimizer.scalar_states))
     params = [param for group in optimizer.param_groups for param in group["params"]]
     grads = local_grads(params, partial(param_name, optimizer))
-    entries = entries_of(optimizer, grads, {}, partial(use_kernels, optimizer.backend))
+    entries = entries_of(optimizer, grads, {}, partial(engine, optimizer))
     for entry, param in zip(entries, params, strict=True):
-        if not entry.kernels or why_no_kernels(param, interpreted=True) is not None:
+        if not entry.kernels or why_not(entry.engine, param) is not None:
             continue
         if entry.grad_meta is None and not param.requires_grad:
             continue
@@ -73,5 +73,5 @@ def _signatures(optimizer: FusedOptimizer) -> dict[torch.device, dict[Signature,
             create_states(optimizer, small, states, optimizer.param_groups[entry.group])
         signature = signature_of(optimizer, entry, param.dtype, states)
         item = Item(entry.index, entry.group, signature, 1, entry.index, 0, *nowhere)
-        found.setdefault(param.device, {}).setdefault(signature, item)
+        found.setdefault((param.device, entry.engine), {}).setdefault(signature, item)
     return found

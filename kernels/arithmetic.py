@@ -1,7 +1,6 @@
 """Arithmetic that Triton rounds differently from IEEE 754 unless told otherwise."""
 
-import triton
-import triton.language as tl
+from .language import tl, triton
 
 
 @triton.jit

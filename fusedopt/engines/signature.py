@@ -30,11 +30,13 @@ def rule(optimizer: type[OptimizerLike]) -> tuple[Any, Any]:
     return optimizer.kernel
 
 
-def triton_type(dtype: torch.dtype) -> Any:
-    """What Triton calls a dtype."""
+def triton_value(value: Any) -> Any:
+    """A dtype, or a tuple of them, as Triton calls it; other values as they are."""
     import triton.language as tl
 
-    return getattr(tl, str(dtype).removeprefix("torch."))
+    if isinstance(value, tuple):
+        return tuple(map(triton_value, value))
+    return getattr(tl, str(value).removeprefix("torch.")) if isinstance(value, torch.dtype) else value
 
 
 @dataclass(frozen=True)
@@ -56,19 +58,24 @@ class Signature:
         return [self.param, self.grad, *(dtype for dtype in self.states if dtype is not None), *kept, *ema]
 
     @cached_property
-    def constants(self) -> dict[str, Any]:
-        """The compile-time arguments of `update`, but for its rule and the number of its scalars."""
-        import triton.language as tl
+    def kinds(self) -> dict[str, Any]:
+        """The compile-time arguments of `update` that say how numbers are stored, dtypes as torch knows them."""
+        return {
+            "PARAM": self.param,
+            "GRAD": self.grad,
+            "STATES": self.states,
+            "KEPT": self.kept,
+            "EMA": ema_dtype(self.param) if self.averaged else None,
+            "STOCHASTIC": self.stochastic,
+            "COMPUTE": torch.float64 if self.param == torch.float64 else torch.float32,
+        }
 
+    @cached_property
+    def constants(self) -> dict[str, Any]:
+        """All compile-time arguments of Triton's `update`, but for its rule and the number of its scalars."""
         block_size, chunk_size = self.tiling
         return {
-            "PARAM": triton_type(self.param),
-            "GRAD": triton_type(self.grad),
-            "STATES": tuple(None if dtype is None else triton_type(dtype) for dtype in self.states),
-            "KEPT": self.kept,
-            "EMA": triton_type(ema_dtype(self.param)) if self.averaged else None,
-            "STOCHASTIC": self.stochastic,
-            "COMPUTE": tl.float64 if self.param == torch.float64 else tl.float32,
+            **{name: triton_value(kind) for name, kind in self.kinds.items()},
             "BLOCK_SIZE": block_size,
             "CHUNK_SIZE": chunk_size,
             # Threads that hold 8 elements of one stream and 4 of another would exchange them through shared memory.

@@ -18,7 +18,8 @@ from ..step import graphs
 from ..step.gate import Gate
 from ..step.hyper import Hyper, count_scalars, flat, tuple_getter
 from .choice import triton_interprets, warp_size
-from .signature import Signature, launch_options, rule, triton_type
+from .compiled import CompiledKernels, Kernel
+from .signature import Signature, launch_options, rule, triton_value
 from .uploads import Array, Uploads
 
 PREPARE_BLOCK_SIZE = 128
@@ -35,6 +36,45 @@ def launch(kernel: Any, programs: int, *args: Any, enable_fp_fusion: bool, **opt
     """Every kernel of fusedopt starts here, told whether products and sums are fused: Triton's default changes."""
     with _interpreter if triton_interprets() else nullcontext():
         kernel[(programs,)](*args, enable_fp_fusion=enable_fp_fusion, **options)
+
+
+class TritonKernels:
+    """The kernels of `fusedopt.kernels`, each as a function of programs, elements and arguments."""
+
+    squares_chunk_size = SQUARES_CHUNK_SIZE
+
+    def __init__(self, device: torch.device) -> None:
+        self._options = launch_options(warp_size(device))
+
+    @property
+    def squares_programs(self) -> int:
+        """At most so many programs add up squares."""
+        return SQUARES_PROGRAMS[triton_interprets()]
+
+    def chunk_size(self, signature: Signature) -> int:
+        """Elements of a program of `update`."""
+        return signature.tiling[1]
+
+    def prepare(self, **constants: Any) -> Kernel:
+        """`prepare`."""
+        from ..kernels.multi_tensor import prepare
+
+        return self._kernel(prepare, BLOCK_SIZE=PREPARE_BLOCK_SIZE, **constants)
+
+    def update(self, signature: Signature, **constants: Any) -> Kernel:
+        """`update` for one signature."""
+        from ..kernels.multi_tensor import update
+
+        return self._kernel(update, **signature.constants, **constants)
+
+    def sum_squares(self, grad: torch.dtype) -> Kernel:
+        """`sum_squares` for gradients of this dtype."""
+        from ..kernels.gate import sum_squares
+
+        return self._kernel(sum_squares, **squares_constants(grad))
+
+    def _kernel(self, kernel: Any, **constants: Any) -> Kernel:
+        return lambda programs, elements, *args: launch(kernel, programs, *args, **constants, **self._options)
 
 
 @dataclass(frozen=True)
@@ -56,7 +96,10 @@ class Item:
 class Tables:
     """The tensors of one device that are stepped together: one `prepare`, and one `update` for each signature."""
 
-    def __init__(self, optimizer: OptimizerLike, items: Sequence[Item], n_hyper: int, device: torch.device) -> None:
+    def __init__(
+        self, optimizer: OptimizerLike, items: Sequence[Item], n_hyper: int, device: torch.device, engine: str
+    ) -> None:
+        self._kernels = CompiledKernels() if engine == "compiled" else TritonKernels(device)
         members: dict[Signature, list[Item]] = {}
         for item in items:
             members.setdefault(item.signature, []).append(item)
@@ -65,12 +108,11 @@ class Tables:
         self.pick = tuple_getter(self.positions)
         self.device = device
         self._uploads = Uploads(device)
-        self._options = launch_options(warp_size(device))
         self._scalars_rule, self._update_rule = rule(type(optimizer))
         self._n_hyper = n_hyper
         self._n_scalars = n_scalars = count_scalars(type(optimizer), n_hyper)
         self._n_scalar_states = len(optimizer.scalar_states)
-        self._squares = Squares(ordered)
+        self._squares = Squares(ordered, self._kernels)
 
         sections = [
             np.array([item.group for item in ordered], dtype=np.int64),
@@ -81,20 +123,23 @@ class Tables:
             rows = np.array(
                 [(item.numel, item.tensor, item.seed, item.first, *item.addresses) for item in same], dtype=np.int64
             )
-            sections += [rows.reshape(-1), chunks_of(rows[:, 0], signature.tiling[1])]
+            sections += [rows.reshape(-1), chunks_of(rows[:, 0], self._kernels.chunk_size(signature))]
         self.static, parts = _sections(list(map(len, sections)))
         for part, section in zip(parts, sections, strict=True):
             self.static[part] = section
-        on_device = self._uploads.upload(self.static, torch.empty(len(self.static), dtype=torch.int64, device=device))
+        on_device = self._uploads.upload(self.static, self._uploads.memory_for(self.static))
         self._groups, self._scalar_states, *tables = (on_device[part] for part in parts)
         n_squares = len(self._squares.sections)
         self._squares.tables, tables = tables[:n_squares], tables[n_squares:]
         firsts = [0, *accumulate(map(len, members.values()))]
         self._updates = [
-            (signature.constants, first, rows, chunks.view(torch.int32))
-            for signature, first, rows, chunks in zip(members, firsts, tables[::2], tables[1::2], strict=False)
+            (signature, sum(item.numel for item in same), (rows, chunks.view(torch.int32), first))
+            for (signature, same), first, rows, chunks in zip(
+                members.items(), firsts, tables[::2], tables[1::2], strict=False
+            )
             if len(chunks)
         ]
+        self._bound: dict[tuple[bool, bool], tuple[Kernel, list[Kernel]]] = {}
         self._scalars = torch.empty(len(ordered) * (n_scalars + 1), dtype=torch.float64, device=device)
         self._control = torch.empty(4, dtype=torch.float64, device=device)
         # In place of what a step has not.
@@ -109,7 +154,7 @@ class Tables:
         self._told = [
             self._dynamic[part].view(dtype) for part, dtype in zip(parts, (np.int64, np.float64) * 2, strict=True)
         ]
-        self._dynamic_on_device = torch.empty(len(self._dynamic), dtype=torch.int64, device=device)
+        self._dynamic_on_device = self._uploads.memory_for(self._dynamic)
         dtypes = (torch.int64, torch.float64) * 2
         self._reads = [self._dynamic_on_device[part].view(dtype) for part, dtype in zip(parts, dtypes, strict=True)]
         self._hyper_tensors: list[Tensor] = []
@@ -138,14 +183,39 @@ class Tables:
     def sum_squares(self) -> list[tuple[int, Tensor]]:
         """For each part, sums of squares of its gradients, and not 0 where an element is not finite: float64 [n, 2]."""
         with self._uploads.on_device():
-            return self._squares.launch(self._reads[0], self.device, self._options)
+            return self._squares.launch(self._reads[0], self.device)
+
+    def compile(self, unscale: bool, reads_gradients: bool) -> None:
+        """Have the kernels of a step. Triton compiles its own when they are launched."""
+        self.bind(unscale)
+        if reads_gradients:
+            self._squares.bind()
+
+    def bind(self, unscale: bool) -> tuple[Kernel, list[Kernel]]:
+        """`prepare`, and `update` for each signature, for a step in which gradients are unscaled or not.
+
+        Raises:
+            CompileError: one cannot be compiled for the CPU.
+        """
+        kind = bool(self._hyper_tensors), unscale
+        if kind not in self._bound:
+            prepare = self._kernels.prepare(
+                SCALARS=self._scalars_rule,
+                N_HYPER=self._n_hyper,
+                N_SCALAR_STATES=self._n_scalar_states,
+                N_SCALARS=self._n_scalars,
+                HYPER_TENSORS=kind[0],
+            )
+            same = {"UPDATE": self._update_rule, "N_SCALARS": self._n_scalars, "UNSCALE": unscale}
+            updates = [self._kernels.update(signature, **same) for signature, _, _ in self._updates]
+            self._bound[kind] = prepare, updates
+        return self._bound[kind]
 
     def step(self, gate: Gate) -> None:
         """Step the tensors, if the gate lets the step pass."""
-        from ..kernels import multi_tensor as kernels
-
         grads, hyper, hyper_pointers, limits = self._reads
         n_tensors = len(self.positions)
+        prepare, updates = self.bind(unscale=gate.grad_scale is not None)
         partials = gate.partials_on(self.device) if gate.partials else self._unread
         grad_norm = torch.empty((), dtype=torch.float64, device=self.device) if gate.partials else self._unread
         if gate.partials and gate.grad_norm is None:
@@ -159,9 +229,9 @@ class Tables:
         found_inf = _on(self.device, gate.found_inf, self._zero)
         grad_scale = _on(self.device, gate.grad_scale, self._one)
         with self._uploads.on_device():
-            launch(
-                kernels.prepare,
+            prepare(
                 -(-n_tensors // PREPARE_BLOCK_SIZE),
+                n_tensors,
                 self._groups,
                 grads,
                 self._scalar_states,
@@ -178,30 +248,9 @@ class Tables:
                 n_tensors,
                 len(partials) if gate.partials else 0,
                 advance,
-                SCALARS=self._scalars_rule,
-                N_HYPER=self._n_hyper,
-                N_SCALAR_STATES=self._n_scalar_states,
-                N_SCALARS=self._n_scalars,
-                HYPER_TENSORS=bool(self._hyper_tensors),
-                BLOCK_SIZE=PREPARE_BLOCK_SIZE,
-                **self._options,
             )
-            for constants, first, rows, chunks in self._updates:
-                launch(
-                    kernels.update,
-                    len(chunks) // 2,
-                    rows,
-                    grads,
-                    self._scalars,
-                    self._control,
-                    chunks,
-                    first,
-                    UPDATE=self._update_rule,
-                    UNSCALE=gate.grad_scale is not None,
-                    N_SCALARS=self._n_scalars,
-                    **constants,
-                    **self._options,
-                )
+            for update, (_, elements, (rows, chunks, first)) in zip(updates, self._updates, strict=True):
+                update(len(chunks) // 2, elements, rows, grads, self._scalars, self._control, chunks, first)
         self._uploads.keep_for_graph(self._hyper_tensors, grads, partials, grad_norm, counters, found_inf, grad_scale)
         for counter, here in counters:
             if counter is not None and counter is not here:
@@ -228,39 +277,36 @@ class Tables:
 class Squares:
     """The gradients of some tables as `sum_squares` reads them: by their part and dtype, whatever else they are."""
 
-    def __init__(self, items: Sequence[Item]) -> None:
+    def __init__(self, items: Sequence[Item], kernels: TritonKernels | CompiledKernels) -> None:
         rows: dict[tuple[int, torch.dtype], list[tuple[int, int]]] = {}
         for tensor, item in enumerate(items):
             rows.setdefault((item.part, item.signature.grad), []).append((tensor, item.numel))
         arrays = [np.array(same, dtype=np.int64) for same in rows.values()]
-        pairs = [(same.reshape(-1), chunks_of(same[:, 1], SQUARES_CHUNK_SIZE)) for same in arrays]
+        pairs = [(same.reshape(-1), chunks_of(same[:, 1], kernels.squares_chunk_size)) for same in arrays]
         self.sections = [section for pair in pairs for section in pair]
         self.tables: list[Tensor] = []  # the same on the device
+        self._kernels = kernels
+        self._bound: list[Kernel] = []
         self._kinds = list(rows)
+        self._elements = [int(same[:, 1].sum()) for same in arrays]
 
-    def launch(self, grads: Tensor, device: torch.device, options: dict[str, Any]) -> list[tuple[int, Tensor]]:
+    def bind(self) -> list[Kernel]:
+        """`sum_squares` for each part and dtype. CompileError if it cannot be compiled for the CPU."""
+        if not self._bound:
+            self._bound = [self._kernels.sum_squares(dtype) for _, dtype in self._kinds]
+        return self._bound
+
+    def launch(self, grads: Tensor, device: torch.device) -> list[tuple[int, Tensor]]:
         """One launch for each part and dtype; for each part, what it left."""
-        from ..kernels import gate as kernels
-
-        programs = SQUARES_PROGRAMS[triton_interprets()]
-        counts = [min(len(chunks), programs) for chunks in self.tables[1::2]]
+        counts = [min(len(chunks), self._kernels.squares_programs) for chunks in self.tables[1::2]]
         partials = torch.empty((sum(counts), 2), dtype=torch.float64, device=device)
         firsts = [0, *accumulate(counts)]
-        for (_, dtype), rows, chunks, first, count in zip(
-            self._kinds, self.tables[::2], self.tables[1::2], firsts, counts, strict=False
+        for sum_squares, elements, rows, chunks, first, count in zip(
+            self.bind(), self._elements, self.tables[::2], self.tables[1::2], firsts, counts, strict=False
         ):
             if count:
-                launch(
-                    kernels.sum_squares,
-                    count,
-                    rows,
-                    grads,
-                    chunks.view(torch.int32),
-                    partials[first : first + count],
-                    len(chunks),
-                    **squares_constants(dtype),
-                    **options,
-                )
+                here = partials[first : first + count]
+                sum_squares(count, elements, rows, grads, chunks.view(torch.int32), here, len(chunks))
         if len({part for part, _ in self._kinds}) == 1:
             return [(self._kinds[0][0], partials)]
         return [
@@ -272,7 +318,7 @@ class Squares:
 def squares_constants(grad: torch.dtype) -> dict[str, Any]:
     """The compile-time arguments of `sum_squares`."""
     return {
-        "GRAD": triton_type(grad),
+        "GRAD": triton_value(grad),
         "BLOCK_SIZE": SQUARES_BLOCK_SIZE,
         "CHUNK_SIZE": SQUARES_CHUNK_SIZE,
         "CONTIGUITY": 16 // grad.itemsize,

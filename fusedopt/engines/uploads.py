@@ -30,8 +30,16 @@ class Uploads:
         """
         return self._stream == self._current_stream() or graphs.is_capturing()
 
+    def memory_for(self, array: Array) -> Tensor:
+        """Where an array of int64 is uploaded to: on the CPU, where it lies."""
+        if self.device.type == "cpu":
+            return torch.from_numpy(array)
+        return torch.empty(len(array), dtype=torch.int64, device=self.device)
+
     def upload(self, array: Array, copy: Tensor) -> Tensor:
         """Copy to the device. The pinned source may go: torch's host allocator keeps it until it has been read."""
+        if self.device.type == "cpu":
+            return copy
         host = self._staging(len(array))
         host.numpy()[:] = array
         copy.copy_(host, non_blocking=True)

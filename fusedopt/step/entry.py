@@ -31,7 +31,7 @@ class Entry:
     tensor: int  # the same for random numbers: that of the whole optimizer, where this is a part of one
     group: int
     name: str
-    kernels: bool
+    engine: str  # that steps it
     begun_names: tuple[str, ...]  # the first of `scalar_names`: those that lie in no state
     scalar_names: tuple[str, ...]  # the class's, and that of averaging
     state_names: tuple[str, ...]  # the class's, then `kept` and the average
@@ -45,6 +45,11 @@ class Entry:
     first: int = 0  # how many elements of a sharded parameter come before those of this rank
     row: int = -1  # of its states among those of the optimizer
     plain: bool = False
+
+    @property
+    def kernels(self) -> bool:
+        """Whether kernels step it, and not the reference."""
+        return self.engine != "eager"
 
     @property
     def grad_dtype(self) -> torch.dtype:
@@ -111,7 +116,7 @@ def entries_of(
     optimizer: OptimizerLike,
     grads: Sequence[Tensor | None],
     known: dict[int, tuple[Any, ...] | None],
-    in_kernels: Callable[[Group, Tensor], bool],
+    engine: Callable[[Group, Tensor], str],
 ) -> list[Entry]:
     """Every parameter of an optimizer.
 
@@ -119,7 +124,7 @@ def entries_of(
         optimizer: the optimizer.
         grads: what this rank holds of each gradient.
         known: by the id of a parameter, how its gradient last lay.
-        in_kernels: whether the kernels step a parameter of a group.
+        engine: who steps a parameter of a group.
     """
     entries: list[Entry] = []
     index = 0
@@ -142,7 +147,6 @@ def entries_of(
             grad_meta = meta(grad) if grad is not None else known.get(id(param))
             if grad is None and grad_meta is not None and grad_meta[4] != torch.strided:
                 grad_meta = None  # a sparse gradient says nothing about the next one
-            kernels = in_kernels(group, param) and (grad is None or grad.layout == torch.strided)
             kept = precision.kept_state(param, group)
             entries.append(
                 Entry(
@@ -150,7 +154,7 @@ def entries_of(
                     tensor=optimizer._origin[2] + index,
                     group=group_index,
                     name=name,
-                    kernels=kernels,
+                    engine=engine(group, param) if grad is None or grad.layout == torch.strided else "eager",
                     begun_names=begun_names,
                     scalar_names=scalar_names,
                     state_names=(*state_names, *([] if kept is None else [kept]), *([EMA] if averaged else [])),

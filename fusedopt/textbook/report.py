@@ -16,7 +16,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from PIL import Image  # which matplotlib brings
 from tabulate import tabulate
 
-from ..engines.choice import why_no_kernels
+from ..engines.choice import why_not
 
 # From Okabe and Ito's palette, which colour-blind readers can tell apart.
 ORANGE, BLUE, GREEN, YELLOW, RED = "#E69F00", "#0072B2", "#009E73", "#F0E442", "#D55E00"
@@ -29,8 +29,8 @@ class UsageError(Exception):
 
 def check_backend(backend: str, dtype: torch.dtype) -> None:
     """Raise where the kernels are asked for and cannot step a parameter of this dtype."""
-    why = why_no_kernels(torch.empty(1, dtype=dtype), interpreted=True)
-    if backend == "triton" and why is not None:
+    why = why_not(backend, torch.empty(1, dtype=dtype))
+    if why is not None:
         raise UsageError(f"argument --backend: no kernels for this parameter: {why}")
 
 

@@ -1,7 +1,6 @@
 """Kernel twin of fusedopt/rules/adam.py."""
 
-import triton
-import triton.language as tl
+from ..language import tl, triton
 
 from ..arithmetic import div, maximum, power, sqrt
 

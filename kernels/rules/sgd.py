@@ -1,7 +1,6 @@
 """Kernel twin of fusedopt/rules/sgd.py."""
 
-import triton
-import triton.language as tl
+from ..language import tl, triton
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""The kernel backend: lays the tensors of a plan out for the kernels and steps them together."""
+"""Lays the tensors of a plan out for the kernels, whatever they run on, and steps them together."""
 
 from __future__ import annotations
 
@@ -38,12 +38,13 @@ class KernelStep:
                 grad = live.grads[position]
                 reads = [] if grad is None else [layout.extent(grad)]
                 extents.append(([layout.extent(tensor) for tensor in (param, *row)], reads))
-        together: dict[tuple[int, torch.device], list[Item]] = {}
+        together: dict[tuple[int, torch.device, str], list[Item]] = {}
         for item, turn in zip(items, _turns(extents), strict=True):
-            together.setdefault((turn, live.params[item.position].device), []).append(item)
+            key = turn, live.params[item.position].device, entries[item.position].engine
+            together.setdefault(key, []).append(item)
         self._tables = [
-            Tables(optimizer, together[turn, device], n_hyper, device)
-            for turn, device in sorted(together, key=lambda key: key[0])
+            Tables(optimizer, together[turn, device, engine], n_hyper, device, engine)
+            for turn, device, engine in sorted(together, key=lambda key: key[0])
         ]
 
     def _item(self, optimizer: OptimizerLike, position: int, entry: Entry, param: Tensor, row: Row) -> Item:
@@ -74,6 +75,11 @@ class KernelStep:
     def is_current(self) -> bool:
         """Whether every table belongs to the stream that is current, or is kept for the graph that is captured."""
         return all(tables.is_current() for tables in self._tables)
+
+    def compile(self, unscale: bool, reads_gradients: bool) -> None:
+        """Have everything that a step launches."""
+        for tables in self._tables:
+            tables.compile(unscale, reads_gradients)
 
     @property
     def device(self) -> torch.device:

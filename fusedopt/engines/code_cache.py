@@ -1,0 +1,98 @@
+"""Keeps what has been compiled for the CPU on disk, as object code that needs llvmlite only."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import os
+import sys
+import tempfile
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from types import FunctionType, ModuleType
+from typing import Any
+
+Code = tuple[str, bytes]  # the symbol of a function, and object code that has it
+
+VARIABLE = "FUSEDOPT_CACHE_DIR"
+NUMBERS = (bool, int, float, str, type(None))
+
+
+def folder() -> Path | None:
+    """Where the code is kept; None if ``FUSEDOPT_CACHE_DIR`` is empty, or if there is no home."""
+    told = os.environ.get(VARIABLE)
+    if told is not None:
+        return Path(told) if told else None
+    try:
+        parents = {"win32": Path("AppData/Local"), "darwin": Path("Library/Caches")}
+        default = Path.home() / parents.get(sys.platform, Path(".cache"))
+    except RuntimeError:
+        return None
+    return Path(os.environ.get("XDG_CACHE_HOME") or default) / "fusedopt"
+
+
+def key_of(kernel: str, constants: dict[str, Any]) -> str:
+    """What the code of a kernel follows from: its constants, the sources of their functions, the compiler, the CPU."""
+    parts = [(name, _identity(value)) for name, value in sorted(constants.items())]
+    return hashlib.sha256(repr((_surroundings(), kernel, parts)).encode()).hexdigest()
+
+
+def read(key: str) -> Code | None:
+    """The code that is kept under a key. None if it is not there, or not what was written."""
+    path = folder()
+    if path is None:
+        return None
+    try:
+        data = (path / f"{key}.o").read_bytes()
+    except OSError:
+        return None
+    digest, content = data[:32], data[32:]
+    if hashlib.sha256(content).digest() != digest:
+        return None
+    symbol, _, code = content.partition(b"\0")
+    return symbol.decode(), code
+
+
+def write(key: str, code: Code) -> bool:
+    """Keep code for later processes, which see the whole file or none; whether there is a place to."""
+    path = folder()
+    if path is None:
+        return False
+    content = code[0].encode() + b"\0" + code[1]
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path, suffix=".tmp", delete=False) as file:
+            file.write(hashlib.sha256(content).digest() + content)
+        os.replace(file.name, path / f"{key}.o")
+    except OSError:
+        return False
+    return True
+
+
+def _identity(value: Any) -> Any:
+    """What a value is in any process: a function by its source and all that this uses."""
+    from ..kernels.cpu.source import used
+
+    value = getattr(value, "fn", value)
+    if type(value).__name__ == "constexpr":
+        value = value.value
+    if isinstance(value, NUMBERS):
+        return repr(value)
+    if isinstance(value, tuple):
+        return tuple(_identity(item) for item in value)
+    if isinstance(value, ModuleType):
+        return value.__name__
+    if isinstance(value, FunctionType) and not value.__module__.startswith("triton."):
+        return inspect.getsource(value), [(name, _identity(item)) for name, item in used(value).items()]
+    return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__name__)}"
+
+
+@cache
+def _surroundings() -> str:
+    import llvmlite.binding as llvm
+
+    kernels = Path(__file__).parents[1] / "kernels"
+    sources = [path.read_bytes() for path in (*sorted(kernels.glob("*.py")), *sorted(kernels.glob("cpu/*.py")))]
+    cpu = llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
+    return repr((sys.version_info[:2], version("numba"), version("llvmlite"), cpu, sources))

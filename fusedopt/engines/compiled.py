@@ -1,0 +1,134 @@
+"""The kernels as machine code of this CPU: compiled when they are first asked for, kept on disk, called from here."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import time
+from collections.abc import Callable
+from functools import cache
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import code_cache, threads
+from .signature import Signature
+
+Kernel = Callable[..., None]  # of the number of programs, how many elements they have in all, and the arguments
+
+BLOCK_SIZE = 128  # tensors of a program of `prepare`
+CHUNK_SIZE = 16384  # elements of the others': fits the cache of a core, and looking up a chunk does not show
+SQUARES_PROGRAMS = 256  # fixed, so that the order of the sums is
+TAKEN = 32  # of the arguments: how many programs have been taken; on a cache line of its own
+
+_log = logging.getLogger("fusedopt")
+_Function = ctypes.CFUNCTYPE(None, ctypes.c_int64)
+_Arguments = ctypes.c_int64 * (TAKEN + 1)
+_numbers = count()
+_libraries: list[Any] = []  # which own the code
+_seconds = 0.0  # that compiling has taken
+
+
+class CompileError(RuntimeError):
+    """A kernel cannot be compiled for this CPU; says why."""
+
+
+class CompiledKernels:
+    """The kernels of `fusedopt.kernels.cpu`, each as a function of programs, elements and arguments.
+
+    All raise `CompileError`.
+    """
+
+    squares_chunk_size = CHUNK_SIZE
+    squares_programs = SQUARES_PROGRAMS
+
+    def chunk_size(self, signature: Signature) -> int:
+        """Elements of a program of `update`."""
+        return CHUNK_SIZE
+
+    def prepare(self, **constants: Any) -> Kernel:
+        """`prepare`, and the tensors of a program."""
+        return self._kernel("prepare", BLOCK_SIZE=BLOCK_SIZE, **constants)
+
+    def update(self, signature: Signature, **constants: Any) -> Kernel:
+        """`update` for one signature."""
+        return self._kernel("update", CHUNK_SIZE=CHUNK_SIZE, **signature.kinds, **constants)
+
+    def sum_squares(self, grad: torch.dtype) -> Kernel:
+        """`sum_squares` for gradients of this dtype."""
+        return self._kernel("sum_squares", GRAD=grad, CHUNK_SIZE=CHUNK_SIZE)
+
+    def _kernel(self, name: str, **constants: Any) -> Kernel:
+        return _kernel(name, tuple((key, _plain(value)) for key, value in constants.items()))
+
+
+def _plain(value: Any) -> Any:
+    """A dtype by its name, a device function as Python's."""
+    if isinstance(value, tuple):
+        return tuple(map(_plain, value))
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    return getattr(value, "fn", value)
+
+
+@cache
+def _kernel(name: str, constants: tuple[tuple[str, Any], ...]) -> Kernel:
+    address = _linked(*_compiled(name, dict(constants)))
+    function = _Function(address)
+
+    def launch(programs: int, elements: int, *args: Tensor | int) -> None:
+        addresses = [arg if isinstance(arg, int) else arg.data_ptr() for arg in args]
+        arguments = _Arguments(programs, *addresses)
+        threads.run(function, address, ctypes.addressof(arguments), elements)
+
+    return launch
+
+
+def _compiled(name: str, constants: dict[str, Any]) -> code_cache.Code:
+    """The object code of a kernel: from the disk, or compiled now and kept there."""
+    try:
+        key = code_cache.key_of(name, constants)
+        code = code_cache.read(key)
+        if code is None:
+            begin = time.perf_counter()
+            from ..kernels.cpu.build import object_code
+
+            code = object_code(name, constants)
+            is_kept = code_cache.write(key, code)
+            _tell(time.perf_counter() - begin, is_kept)
+    except Exception as error:  # of Python's, numba's or LLVM's
+        raise CompileError(f"{type(error).__name__}: {error}".strip()) from error
+    return code
+
+
+def _linked(symbol: str, code: bytes) -> int:
+    """The address of a function in object code. A symbol that is nowhere in this process is an error, not its end."""
+    import llvmlite.binding as llvm
+
+    try:
+        builder = llvm.JITLibraryBuilder().add_object_img(code).export_symbol(symbol).add_current_process()
+        library = builder.link(_linker(), f"fusedopt {next(_numbers)}")
+    except RuntimeError as error:
+        raise CompileError(str(error)) from error
+    _libraries.append(library)
+    return int(library[symbol])
+
+
+@cache
+def _linker() -> Any:
+    import llvmlite.binding as llvm
+
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    return llvm.create_lljit_compiler()
+
+
+def _tell(seconds: float, is_kept: bool) -> None:
+    """Say once why a step has taken so long."""
+    global _seconds
+    before, _seconds = _seconds, _seconds + seconds
+    if before < 1 <= _seconds:
+        where = f"kept in {code_cache.folder()}" if is_kept else f"not kept: {code_cache.VARIABLE} names no folder for it"
+        _log.warning("compiling optimizer steps for this CPU has taken %.1f s so far; they are %s", _seconds, where)

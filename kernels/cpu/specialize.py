@@ -1,0 +1,201 @@
+"""Makes what numba compiles of a device function of Triton's, or of this package: constants put in, calls resolved."""
+
+import ast
+import copy
+import inspect
+from functools import cache
+from types import FunctionType, ModuleType
+
+import numpy as np
+from numba import njit
+
+from .. import language as triton_language
+from . import language
+from .memory import static_range
+from .source import definition, is_constant, used
+
+PACKAGE = __package__
+OPTIONS = {"error_model": "numpy", "no_cpython_wrapper": True, "forceinline": True}
+VALUES = (bool, int, float, str, tuple, type(None))
+
+
+@cache
+def specialize(function, constants, compute):
+    """A function as numba compiles it, with only those of its parameters that are no constants.
+
+    Args:
+        function: a plain one, whose source can be read.
+        constants: pairs of a name and a value. Functions among them are called by their names.
+        compute: the dtype of the arithmetic, in numpy. Triton's functions have no other numbers: what they write down
+            takes this dtype, or `2.0 * x` would be float64.
+    """
+    tree = definition(function)
+    names = {name: meaning(value) for name, value in used(function).items()}
+    parameters = tree.args.args
+    for parameter in parameters:
+        names.pop(parameter.arg, None)
+    names |= {name: meaning(value) for name, value in constants} | {"COMPUTE": compute}
+    # What is assigned somewhere is not the global of that name.
+    assigned = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    known = {name: value for name, value in names.items() if name not in assigned}
+    weak = function.__module__ == language.__name__ or not function.__module__.startswith(PACKAGE)
+    tree.body = _Specializer(known, names, compute, weak).statements(tree.body)
+    tree.decorator_list, tree.returns = [], None
+    tree.args.args = [parameter for parameter in parameters if not is_constant(parameter)]
+    tree.args.defaults = []
+    for parameter in tree.args.args:
+        parameter.annotation = None
+    module = ast.fix_missing_locations(ast.Module([tree], []))
+    exec(compile(module, inspect.getsourcefile(function), "exec"), names)
+    return njit(**OPTIONS)(names[function.__name__])
+
+
+def meaning(value):
+    """What stands here for something that Triton's functions use."""
+    if value is triton_language.tl or (isinstance(value, ModuleType) and value.__name__.startswith("triton.language")):
+        return language.LANGUAGE
+    if type(value).__name__ == "constexpr":
+        return value.value
+    function = getattr(value, "fn", value)
+    if isinstance(function, FunctionType):
+        if function.__module__.startswith("triton."):
+            return getattr(language.LANGUAGE, function.__name__)
+        if function.__module__ == f"{PACKAGE.rpartition('.')[0]}.arithmetic":
+            return language.ARITHMETIC.get(function.__name__, function)
+    return function
+
+
+class _Specializer(ast.NodeTransformer):
+    """Does what Triton does with constexpr: puts values in, unrolls `static_range`, takes the branch that is known."""
+
+    def __init__(self, known, names, compute, weak):
+        self._known = known  # values by their names
+        self._names = names  # of the function that is made
+        self._compute = compute
+        self._weak = weak  # whether numbers take the dtype of the arithmetic
+
+    def statements(self, nodes):
+        """These statements, specialized."""
+        visited = [self.visit(node) for node in nodes]
+        lines = [line for node in visited for line in (node if isinstance(node, list) else [node]) if line is not None]
+        return lines or [ast.Pass()]
+
+    def visit(self, node):
+        """Put a value in where it is known."""
+        if isinstance(node, ast.expr) and isinstance(getattr(node, "ctx", None), ast.Load | None):
+            is_known, value = self._evaluated(node)
+            if is_known and isinstance(value, VALUES):
+                return ast.copy_location(self._literal(value), node)
+            if is_known and isinstance(node, ast.Name | ast.Attribute):
+                return ast.copy_location(self._named(value), node)
+        return super().visit(node)
+
+    def visit_Subscript(self, node):
+        """An index stays the integer that it is."""
+        node.value = self.visit(node.value)
+        is_known, index = self._evaluated(node.slice)
+        node.slice = ast.Constant(index) if is_known else self.visit(node.slice)
+        return node
+
+    def visit_Call(self, node):
+        """Specialize what is called, if it is a device function."""
+        is_known, function = self._evaluated(node.func)
+        if is_known and _is_device_function(function):
+            return ast.copy_location(self._call(function, node), node)
+        return self.generic_visit(node)
+
+    def visit_AugAssign(self, node):
+        """Numba adds no tuple in place."""
+        target = ast.Name(node.target.id, ast.Load())
+        assign = ast.Assign([node.target], ast.copy_location(ast.BinOp(target, node.op, node.value), node))
+        return self.generic_visit(ast.copy_location(assign, node))
+
+    def visit_AnnAssign(self, node):
+        """The value of a `tl.constexpr` is put in below."""
+        if "constexpr" not in ast.unparse(node.annotation):
+            node.annotation = ast.Constant(None)
+            return self.generic_visit(node)
+        self._known[node.target.id] = self._constant(node.value)
+        return None
+
+    def visit_If(self, node):
+        """Leave out the branch that is not taken."""
+        is_known, test = self._evaluated(node.test)
+        if is_known:
+            return self.statements(node.body if test else node.orelse)
+        node.test = self.visit(node.test)
+        node.body = self.statements(node.body)
+        node.orelse = self.statements(node.orelse) if node.orelse else []
+        return node
+
+    def visit_IfExp(self, node):
+        """As an `if`."""
+        is_known, test = self._evaluated(node.test)
+        return self.visit(node.body if test else node.orelse) if is_known else self.generic_visit(node)
+
+    def visit_For(self, node):
+        """Unroll a `static_range`."""
+        if isinstance(node.iter, ast.Call) and self._evaluated(node.iter.func) == (True, static_range):
+            lines = []
+            for i in range(*map(self._constant, node.iter.args)):
+                self._known[node.target.id] = i
+                lines += self.statements(copy.deepcopy(node.body))
+            return lines
+        node.iter = self.visit(node.iter)
+        node.body = self.statements(node.body)
+        return node
+
+    def visit_Expr(self, node):
+        """Check a `static_assert`."""
+        if isinstance(node.value, ast.Call) and self._evaluated(node.value.func) == (True, language.static_assert):
+            test, *message = map(self._constant, node.value.args)
+            if not test:
+                raise TypeError(*message)
+            return None
+        return self.generic_visit(node)
+
+    def _evaluated(self, node):
+        """(whether the value of an expression is known, the value)."""
+        for part in ast.walk(node):
+            if isinstance(part, ast.Name) and part.id not in self._known and part.id != "len":
+                return False, None
+            if isinstance(part, ast.Call) and not (isinstance(part.func, ast.Name) and part.func.id == "len"):
+                return False, None
+        code = compile(ast.fix_missing_locations(ast.Expression(copy.deepcopy(node))), "", "eval")
+        return True, eval(code, {"__builtins__": {"len": len}}, self._known)
+
+    def _constant(self, node):
+        is_known, value = self._evaluated(node)
+        if not is_known:
+            raise TypeError(f"{ast.unparse(node)} must be known when the kernel is compiled")
+        return value
+
+    def _literal(self, value):
+        if isinstance(value, tuple):
+            return ast.Tuple([self._literal(item) for item in value], ast.Load())
+        if self._weak and type(value) in (int, float):
+            return ast.Call(ast.Name("COMPUTE", ast.Load()), [ast.Constant(value)], [])
+        return ast.Constant(value)
+
+    def _named(self, value):
+        name = f"known_{id(value)}"
+        self._names[name] = value
+        return ast.Name(name, ast.Load())
+
+    def _call(self, function, node):
+        parameters = definition(function).args.args
+        bound = inspect.signature(function).bind(*node.args, **{keyword.arg: keyword.value for keyword in node.keywords})
+        bound.apply_defaults()
+        constants, arguments = {}, []
+        for parameter in parameters:
+            argument = bound.arguments[parameter.arg]
+            if is_constant(parameter):
+                constants[parameter.arg] = self._constant(argument) if isinstance(argument, ast.expr) else argument
+            else:
+                arguments.append(self.visit(argument) if isinstance(argument, ast.expr) else self._literal(argument))
+        specialized = specialize(function, tuple(constants.items()), self._compute)
+        return ast.Call(self._named(specialized), arguments, [])
+
+
+def _is_device_function(value):
+    return isinstance(value, FunctionType) and value is not static_range
