@@ -11,6 +11,7 @@ setup(
         "fusedopt.storage",
         "fusedopt.textbook",
         "fusedopt.kernels",
+        "fusedopt.kernels.cpu",
         "fusedopt.kernels.rules",
     ],
     package_dir={"fusedopt": "fusedopt", "fusedopt.kernels": "kernels"},

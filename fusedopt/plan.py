@@ -19,8 +19,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .engines.choice import check_dtypes, check_reach, engine
-from .engines.reference import ReferenceStep
 from .engines.kernel_step import KernelStep
+from .engines.reference import ReferenceStep
 from .options import option, takes_all_gradients
 from .protocol import Begun, OptimizerLike
 from .step import graphs, layout

@@ -126,9 +126,7 @@ class Stepper:
         if self.engines(optimizer) != {"triton"}:
             raise RuntimeError("a step can be captured in a CUDA graph where Triton's kernels step all parameters only")
 
-    def _planned(
-        self, optimizer: OptimizerLike, hyper: Hyper, changed: set[str], gate: Gate
-    ) -> tuple[Plan, Live]:
+    def _planned(self, optimizer: OptimizerLike, hyper: Hyper, changed: set[str], gate: Gate) -> tuple[Plan, Live]:
         """The last plan if it still holds, else a new one, and the tensors of this step."""
         plan = self.plan
         # A scheduler changes the learning rate of all groups at every step, and no state depends on it.
@@ -146,10 +144,7 @@ class Stepper:
             raise RuntimeError("FUSEDOPT_DEBUG: something moved since the last step and was not noticed")
         return fresh, fresh.read(optimizer, all_params(optimizer), grads)
 
-
-    def _compiled(
-        self, optimizer: OptimizerLike, hyper: Hyper, grads: Sequence[Tensor | None], gate: Gate
-    ) -> Plan:
+    def _compiled(self, optimizer: OptimizerLike, hyper: Hyper, grads: Sequence[Tensor | None], gate: Gate) -> Plan:
         """A new plan, whose kernels can be launched."""
         make = partial(Plan, optimizer, hyper, self.plan, grads, (self._whole or self).begun)
         plan = make()

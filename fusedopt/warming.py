@@ -7,9 +7,9 @@ from functools import partial
 import torch
 
 from .engines.choice import engine, why_not
+from .engines.kernel_step import signature_of
 from .engines.signature import Signature
 from .engines.tables import Item, Tables
-from .engines.kernel_step import signature_of
 from .optimizer import FusedOptimizer
 from .step import graphs
 from .step.entry import entries_of, param_name, state_of
@@ -54,7 +54,7 @@ def warmup(optimizer: FusedOptimizer) -> None:
 
 
 def _signatures(optimizer: FusedOptimizer) -> dict[tuple[torch.device, str], dict[Signature, Item]]:
-    """For each device and engine, what distinguishes kernels, each with an item of one element that is nowhere: it is not read."""
+    """For each device and engine, what distinguishes kernels, each with one element that is nowhere: it is not read."""
     found: dict[tuple[torch.device, str], dict[Signature, Item]] = {}
     nowhere = (0,) * (3 + len(optimizer.states)), (0,) * (1 + len(optimizer.scalar_states))
     params = [param for group in optimizer.param_groups for param in group["params"]]

@@ -7,9 +7,14 @@ import os
 
 os.environ["FUSEDOPT_DEBUG"] = "1"  # every step makes its tables anew and compares
 
+import tempfile
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
+
+# Machine code of the CPU is kept between two runs, but not among the user's.
+os.environ.setdefault("FUSEDOPT_CACHE_DIR", str(Path(tempfile.gettempdir(), f"fusedopt-tests-{os.getuid()}")))
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:

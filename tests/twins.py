@@ -10,9 +10,13 @@ from torch.nn import Parameter
 
 import fusedopt
 from tests.cases import CASES
-from tests.conftest import DEVICE
+from tests.conftest import DEVICE, HAS_GPU
 
-BACKENDS = ["eager", "triton"]
+# What is true of every engine is tested on two of them; Triton's code, where it is at stake, in its interpreter too.
+KERNELS = "triton" if HAS_GPU else "compiled"
+BACKENDS = ["eager", KERNELS]
+KERNEL_ENGINES = ["triton"] if HAS_GPU else ["triton", "compiled"]
+ENGINES = ["eager", *KERNEL_ENGINES]
 SHAPES = [(3, 4), (5,), ()]
 IN_TORCH = [case for case in CASES if case.in_torch]
 OPTIMIZERS = sorted({case.optimizer for case in IN_TORCH})

@@ -130,5 +130,7 @@ def _tell(seconds: float, is_kept: bool) -> None:
     global _seconds
     before, _seconds = _seconds, _seconds + seconds
     if before < 1 <= _seconds:
-        where = f"kept in {code_cache.folder()}" if is_kept else f"not kept: {code_cache.VARIABLE} names no folder for it"
+        where = (
+            f"kept in {code_cache.folder()}" if is_kept else f"not kept: {code_cache.VARIABLE} names no folder for it"
+        )
         _log.warning("compiling optimizer steps for this CPU has taken %.1f s so far; they are %s", _seconds, where)

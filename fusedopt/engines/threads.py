@@ -1,4 +1,4 @@
-"""Runs compiled functions on the threads that torch computes with: there is no second pool that could compete or hang."""
+"""Runs compiled functions on the threads that torch computes with: no second pool that could compete or hang."""
 
 from __future__ import annotations
 
@@ -37,10 +37,7 @@ def run(function: Callable[[int], None], address: int, arguments: int, elements:
 
 @cache
 def _parallel() -> Any:
-    """`GOMP_parallel`, which GNU's OpenMP has and LLVM's too: of the library that torch has loaded, None if there is none.
-
-    On Windows torch comes with another one.
-    """
+    """`GOMP_parallel` of the OpenMP that torch has loaded, GNU's or LLVM's; None without it, as on Windows."""
     if sys.platform not in LIBRARIES:
         return None
     try:

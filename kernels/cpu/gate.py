@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .memory import arguments, load, scratch, static_range, store, where
+from .memory import arguments, load, scratch, store, where
 
 LANES = 64  # sums beside each other, whose order nobody may change; of fewer a compiler makes scalars
 

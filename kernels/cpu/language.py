@@ -27,16 +27,6 @@ def minimum(x, y, propagate_nan: constexpr = False):
         return where((x < y) | (y != y), x, y)
 
 
-def maximum_nan(x, y):
-    """NaN where either is NaN."""
-    return maximum(x, y, True)
-
-
-def minimum_nan(x, y):
-    """NaN where either is NaN."""
-    return minimum(x, y, True)
-
-
 def clamp(x, lowest, highest, propagate_nan: constexpr = False):
     """Not below the lowest, nor above the highest."""
     return minimum(maximum(x, lowest, propagate_nan), highest, propagate_nan)
@@ -73,11 +63,6 @@ def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
-def power(base, exponent):
-    """Base ** exponent."""
-    return base**exponent
-
-
 def static_assert(condition, message=""):
     """Checked when a function is specialized; never called."""
     raise NotImplementedError
@@ -107,4 +92,4 @@ LANGUAGE = _Language(
     exp=np.exp, exp2=np.exp2, log=np.log, log2=np.log2, sin=np.sin, cos=np.cos, tanh=np.tanh,
 )  # fmt: skip
 LANGUAGE.math = LANGUAGE
-ARITHMETIC = {"div": div, "sqrt": np.sqrt, "power": power, "maximum": maximum_nan, "minimum": minimum_nan}
+ARITHMETIC = {"div": div, "sqrt": np.sqrt}  # which ask for the dtype

@@ -6,7 +6,6 @@ import inspect
 from functools import cache
 from types import FunctionType, ModuleType
 
-import numpy as np
 from numba import njit
 
 from .. import language as triton_language
@@ -184,7 +183,9 @@ class _Specializer(ast.NodeTransformer):
 
     def _call(self, function, node):
         parameters = definition(function).args.args
-        bound = inspect.signature(function).bind(*node.args, **{keyword.arg: keyword.value for keyword in node.keywords})
+        bound = inspect.signature(function).bind(
+            *node.args, **{keyword.arg: keyword.value for keyword in node.keywords}
+        )
         bound.apply_defaults()
         constants, arguments = {}, []
         for parameter in parameters:

@@ -1,8 +1,7 @@
 """Kernel twin of fusedopt/rules/adadelta.py."""
 
-from ..language import tl, triton
-
 from ..arithmetic import div, sqrt
+from ..language import tl, triton
 
 
 @triton.jit

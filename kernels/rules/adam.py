@@ -1,8 +1,7 @@
 """Kernel twin of fusedopt/rules/adam.py."""
 
-from ..language import tl, triton
-
 from ..arithmetic import div, maximum, power, sqrt
+from ..language import tl, triton
 
 
 @triton.jit

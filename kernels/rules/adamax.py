@@ -1,8 +1,7 @@
 """Kernel twin of fusedopt/rules/adamax.py."""
 
-from ..language import tl, triton
-
 from ..arithmetic import div, maximum, power
+from ..language import tl, triton
 
 
 @triton.jit

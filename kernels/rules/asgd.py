@@ -1,8 +1,7 @@
 """Kernel twin of fusedopt/rules/asgd.py."""
 
-from ..language import tl, triton
-
 from ..arithmetic import power
+from ..language import tl, triton
 
 
 @triton.jit

@@ -1,8 +1,7 @@
 """Kernel twin of fusedopt/rules/lion.py."""
 
-from ..language import tl, triton
-
 from ..arithmetic import signum
+from ..language import tl, triton
 
 
 @triton.jit

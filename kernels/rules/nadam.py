@@ -1,8 +1,7 @@
 """Kernel twin of fusedopt/rules/nadam.py."""
 
-from ..language import tl, triton
-
 from ..arithmetic import div, power, sqrt
+from ..language import tl, triton
 
 
 @triton.jit

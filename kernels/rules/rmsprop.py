@@ -1,8 +1,7 @@
 """Kernel twin of fusedopt/rules/rmsprop.py."""
 
-from ..language import tl, triton
-
 from ..arithmetic import div, maximum, sqrt
+from ..language import tl, triton
 
 
 @triton.jit

@@ -1,8 +1,7 @@
 """Kernel twin of fusedopt/rules/rprop.py."""
 
-from ..language import tl, triton
-
 from ..arithmetic import maximum, minimum, signum
+from ..language import tl, triton
 
 
 @triton.jit

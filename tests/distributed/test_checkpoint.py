@@ -9,7 +9,7 @@ import torch.distributed as dist
 from tests.cases import BF16, FP32
 from tests.distributed.test_sharded import make_models, set_same_grads, whole_of
 from tests.ranks import on_one_worker, on_ranks, run_on_ranks
-from tests.twins import BACKENDS, OPTIMIZERS, bits, make
+from tests.twins import BACKENDS, KERNELS, OPTIMIZERS, bits, make
 
 pytest.importorskip("torch.distributed.fsdp")
 import torch.distributed.checkpoint as dcp
@@ -30,7 +30,7 @@ RUNS = [
 
 
 # What kernels do to shards does not differ by rule, and the interpreter takes its time.
-SOME = {"eager": RUNS, "triton": [RUNS[0], RUNS[2]]}
+SOME = {"eager": RUNS, KERNELS: [RUNS[0], RUNS[2]]}
 
 
 def train(sharded, whole, optimizer, steps):

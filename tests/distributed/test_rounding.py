@@ -11,7 +11,7 @@ import fusedopt
 from fusedopt.step.sharding import first_element
 from tests.cases import BF16
 from tests.ranks import on_ranks, rank_device
-from tests.twins import BACKENDS, bits
+from tests.twins import ENGINES, bits
 
 pytest.importorskip("torch.distributed.tensor")
 from torch.distributed.device_mesh import init_device_mesh
@@ -39,7 +39,7 @@ def stepped(mesh, placements, backend, shapes=SHAPES, dtype=BF16):
     return [bits(param if mesh is None else param.full_tensor()) for param in held]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ENGINES)
 @on_ranks(4)
 def test_bits_do_not_depend_on_the_number_of_ranks(backend):
     line = init_device_mesh(rank_device().type, (4,))
@@ -78,5 +78,5 @@ def test_backends_round_alike():
     mesh = init_device_mesh(rank_device().type, (2,))
     shapes = [(5, 7), (3, 1003)]
     for dtype in (BF16, torch.float16):
-        results = [stepped(mesh, [Shard(1)], backend, shapes, dtype) for backend in BACKENDS]
+        results = [stepped(mesh, [Shard(1)], backend, shapes, dtype) for backend in ENGINES]
         assert results[0] == results[1]

@@ -1,4 +1,4 @@
-"""The kernels against the oracle and the reference: every rule, dtype, size, alignment, layout and special value."""
+"""The kernels of every engine against the oracle: every rule, dtype, size, alignment, layout and special value."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from tests.rules.test_reference import (
     store,
 )
 from tests.tolerance import assert_close
+from tests.twins import ENGINES, KERNEL_ENGINES
 
 pytest.importorskip("triton")
 import fusedopt.engines.tables
@@ -72,9 +73,10 @@ class Memory:
 
 
 @seeded
+@pytest.mark.parametrize("backend", KERNEL_ENGINES)
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda dtypes: "-".join(map(name_of, dtypes)))
 @pytest.mark.parametrize("case", CASES, ids=name_of)
-def test_follows_the_oracle(case, dtypes, device, seed):
+def test_follows_the_oracle(backend, case, dtypes, device, seed):
     """Tensors of every critical size and alignment, in one launch; nothing beside them is written."""
     dtype, grad_dtype, state_dtype = dtypes
     noise, grad_noise = Noise(seed, dtype, device), Noise(seed + 1, grad_dtype, device)
@@ -86,7 +88,7 @@ def test_follows_the_oracle(case, dtypes, device, seed):
     memory = Memory()
     params = {name: torch.nn.Parameter(memory(noise(n), "parameter" in name)) for name, n in sizes.items()}
     grads = Memory()
-    optimizer = case.make(params.values(), backend="triton")
+    optimizer = case.make(params.values(), backend=backend)
     follow(
         optimizer,
         [case] * len(params),
@@ -100,29 +102,32 @@ def test_follows_the_oracle(case, dtypes, device, seed):
 
 
 @seeded
+@pytest.mark.parametrize("backend", KERNEL_ENGINES)
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=name_of)
 @pytest.mark.parametrize("case", CASES, ids=name_of)
-def test_layouts(case, dtype, device, seed):
+def test_layouts(backend, case, dtype, device, seed):
     noises = Noise(seed, dtype, device), Noise(seed + 1, dtype, device)
-    follow_layouts(case, layouts_for(dtype), "triton", *noises, steps=2)
+    follow_layouts(case, layouts_for(dtype), backend, *noises, steps=2)
 
 
 @seeded
+@pytest.mark.parametrize("backend", KERNEL_ENGINES)
 @pytest.mark.parametrize(("dtype", "grad_dtype"), [(FP64, FP64), (FP32, FP64), (BF16, FP32)], ids=name_of)
-def test_layouts_of_other_dtypes(dtype, grad_dtype, device, seed):
+def test_layouts_of_other_dtypes(backend, dtype, grad_dtype, device, seed):
     case = Case("AdamW", {"amsgrad": True})
     noises = Noise(seed, dtype, device), Noise(seed + 1, grad_dtype, device)
-    follow_layouts(case, layouts_for(dtype, grad_dtype), "triton", *noises, steps=2)
+    follow_layouts(case, layouts_for(dtype, grad_dtype), backend, *noises, steps=2)
 
 
 @seeded
+@pytest.mark.parametrize("backend", KERNEL_ENGINES)
 @pytest.mark.parametrize("dtype", [FP64, FP32, BF16, FP16], ids=name_of)
 @pytest.mark.parametrize("case", CASES, ids=name_of)
-def test_equals_the_reference(case, dtype, device, seed):
+def test_equals_the_reference(backend, case, dtype, device, seed):
     noise = Noise(seed, dtype, device)
     param = torch.nn.Parameter(noise(3000))
     twin = torch.nn.Parameter(param.detach().clone())
-    kernels, reference = case.make([param], backend="triton"), case.make([twin], backend="eager")
+    kernels, reference = case.make([param], backend=backend), case.make([twin], backend="eager")
     for step in range(1, 4):
         param.grad = noise(3000)
         twin.grad = param.grad.clone()
@@ -184,7 +189,7 @@ SPECIAL = [math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-30, 1.0]
 HUGE = -3e38  # its square overflows
 
 
-@pytest.mark.parametrize("backend", ["triton", "eager"])
+@pytest.mark.parametrize("backend", ENGINES)
 @pytest.mark.parametrize("case", TORCH_CASES, ids=name_of)
 def test_special_values_as_torch(case, backend, device):
     """Parameters and gradients of every pair of special values, with states of zero and of ordinary numbers."""
@@ -202,7 +207,7 @@ def test_special_values_as_torch(case, backend, device):
             step_beside_torch(ours, torchs, [param], [twin], elementwise, f"step {step} of {len(grads)}")
 
 
-@pytest.mark.parametrize("backend", ["triton", "eager"])
+@pytest.mark.parametrize("backend", ENGINES)
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=name_of)
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_subnormal_gradients_follow_the_oracle(case, dtype, backend, device):
@@ -213,7 +218,7 @@ def test_subnormal_gradients_follow_the_oracle(case, dtype, backend, device):
     follow(optimizer, [case], {"subnormal": param}, lambda: [values.to(device, dtype)])
 
 
-@pytest.mark.parametrize("backend", ["triton", "eager"])
+@pytest.mark.parametrize("backend", ENGINES)
 @pytest.mark.parametrize("optimizer", sorted({case.optimizer for case in CASES} - {"ASGD", "Rprop"}))
 def test_infinite_parameter_without_decay_leaves_the_states_finite(optimizer, backend, device):
     param = torch.nn.Parameter(torch.tensor([math.inf, 1.0], device=device))
@@ -225,7 +230,7 @@ def test_infinite_parameter_without_decay_leaves_the_states_finite(optimizer, ba
     assert all(state.isfinite().all() for state in ours.state[param].values())
 
 
-@pytest.mark.parametrize("backend", ["triton", "eager"])
+@pytest.mark.parametrize("backend", ENGINES)
 @pytest.mark.parametrize("options", [{}, {"momentum": 0.9}, {"eps_in_sqrt": True}], ids=str)
 def test_centered_rmsprop_has_no_negative_variance(options, backend, device):
     """Where torch takes the root of a rounding error below 0."""
@@ -247,7 +252,7 @@ def test_centered_rmsprop_has_no_negative_variance(options, backend, device):
 
 
 @seeded
-@pytest.mark.parametrize("backend", ["triton", "eager"])
+@pytest.mark.parametrize("backend", ENGINES)
 def test_groups_with_their_own_options(backend, device, seed):
     rows = [
         {"lr": 0.1, "weight_decay": 0.1},
@@ -269,14 +274,15 @@ SEQUENTIAL_CASES = [case for case in TORCH_CASES if not case.options.get("moment
 
 
 @seeded
+@pytest.mark.parametrize("backend", KERNEL_ENGINES)
 @pytest.mark.usefixtures("fp64_scalars")
 @pytest.mark.parametrize("case", SEQUENTIAL_CASES, ids=name_of)
-def test_duplicates_step_one_after_the_other(case, device, seed):
+def test_duplicates_step_one_after_the_other(backend, case, device, seed):
     noise = Noise(seed, FP64, device)
     param, other = torch.nn.Parameter(noise(40)), torch.nn.Parameter(noise(7))
     twin, other_twin = copy.deepcopy(param), copy.deepcopy(other)
     with pytest.warns(UserWarning, match="duplicate parameters"):
-        ours, torchs = case.make([param, other, param], backend="triton"), case.make_torch([twin, other_twin, twin])
+        ours, torchs = case.make([param, other, param], backend=backend), case.make_torch([twin, other_twin, twin])
     for step in range(1, 4):
         for mine, torch_s in ((param, twin), (other, other_twin)):
             mine.grad = noise(*mine.shape)
@@ -287,9 +293,10 @@ def test_duplicates_step_one_after_the_other(case, device, seed):
 
 
 @seeded
+@pytest.mark.parametrize("backend", KERNEL_ENGINES)
 @pytest.mark.usefixtures("fp64_scalars")
 @pytest.mark.parametrize("case", TORCH_CASES, ids=name_of)
-def test_shared_memory_steps_one_after_the_other(case, device, monkeypatch, seed):
+def test_shared_memory_steps_one_after_the_other(backend, case, device, monkeypatch, seed):
     """Overlapping parameters, and gradients that are the memory of a parameter before or after them."""
     # The programs of a launch may run in any order; the interpreter's is the right one by chance.
     in_order = fusedopt.engines.tables.chunks_of
@@ -303,7 +310,7 @@ def test_shared_memory_steps_one_after_the_other(case, device, monkeypatch, seed
         return [*params, torch.nn.Parameter(memory[:24].clone()), torch.nn.Parameter(memory[:24].clone())]
 
     params, twins = parameters(), parameters()
-    ours, torchs = case.make(params, backend="triton"), case.make_torch(twins)
+    ours, torchs = case.make(params, backend=backend), case.make_torch(twins)
     for step in range(1, 3):
         grads = [noise(*param.shape).clamp(-0.5, 0.5) for param in params]
         for stepped in (params, twins):
@@ -315,8 +322,9 @@ def test_shared_memory_steps_one_after_the_other(case, device, monkeypatch, seed
 
 
 @seeded
+@pytest.mark.parametrize("backend", KERNEL_ENGINES)
 @pytest.mark.parametrize("debug", [False, True])  # under which every step makes new tables
-def test_hyperparameters_on_the_device(device, monkeypatch, seed, debug):
+def test_hyperparameters_on_the_device(backend, device, monkeypatch, seed, debug):
     """`prepare` reads tensors through their addresses, at each step again; numbers beside them stay numbers."""
     monkeypatch.setattr("fusedopt.plan.DEBUG", debug)
     monkeypatch.setattr(
@@ -337,7 +345,7 @@ def test_hyperparameters_on_the_device(device, monkeypatch, seed, debug):
     def optimizer(options):
         params = [torch.nn.Parameter(value.clone()) for value in values]
         groups = [{"params": params[:1], "lr": 0.3}, {"params": params[1:], **options}]
-        return fusedopt.Adam(groups, backend="triton"), params
+        return fusedopt.Adam(groups, backend=backend), params
 
     (by_address, params), (by_value, twins) = optimizer(tensors), optimizer(numbers())
     for factor in (0.5, 0.25, 1.0):

@@ -11,6 +11,7 @@ from fusedopt.step import dry
 from tests.cases import BF16
 from tests.conftest import DEVICE
 from tests.optimizer.test_step_in_backward import assert_same, both_backends
+from tests.twins import KERNELS
 
 ROUNDED = {"fusedopt_rounding": "stochastic", "fusedopt_seed": 3}
 
@@ -125,7 +126,7 @@ def test_the_reference_does_not_ask_for_a_count_that_it_does_not_need(monkeypatc
     model, _ = two_layers()
     groups = [{"params": list(model[0].parameters()), "fused": False}, groups_of(model)[1]]
     optimizer = fusedopt.SGD(groups, lr=0.1)
-    optimizer.backend = "triton"
+    optimizer.backend = KERNELS
     asked = []
     monkeypatch.setattr(dry, "item", asked.append)
     for _ in range(2):

@@ -13,9 +13,9 @@ import triton.language as tl
 
 import fusedopt
 from tests.conftest import DEVICE
+from tests.twins import ENGINES
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
-BACKENDS = ["eager", "triton"]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def adabelief(param, grad, lr, beta1, beta2, eps, steps):
     return param
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ENGINES)
 def test_readmes_optimizer(readme_class, backend):
     """Two groups, four dtypes and three steps, against numpy."""
     params = parameters()
@@ -69,7 +69,7 @@ def test_readmes_optimizer(readme_class, backend):
         np.testing.assert_allclose(param.detach().double().cpu().numpy(), expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ENGINES)
 def test_readmes_optimizer_goes_on_from_a_state_dict(readme_class, backend):
     params = parameters()
     optimizer = readme_class(params, lr=0.1, backend=backend)
@@ -145,7 +145,7 @@ def test_a_default_of_an_option_that_all_have_is_an_error():
         Whole([torch.zeros(1)], seed=0.5)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ENGINES)
 def test_a_state_of_its_own_dtype_stays(backend):
     """Unless `state_dtype` asks for another."""
 

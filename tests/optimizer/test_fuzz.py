@@ -24,7 +24,7 @@ from tests import oracle, rounding_oracle
 from tests.cases import CASES, MODES
 from tests.conftest import DEVICE
 from tests.optimizer.fuzz_actions import ACTIONS, Actions, choose, lay
-from tests.twins import bits
+from tests.twins import ENGINES, bits
 
 # One dimension, none, size 1, no elements; (3, 3) can be transposed at its address; full vectors and a tail.
 SHAPES = [(3, 3), (3, 3), (4, 3), (2, 3, 2, 2), (17,), (), (1, 5), (0, 2)]
@@ -283,18 +283,14 @@ def budget(examples):
     )
 
 
-@in_torch
-@budget(1200)
-@given(data=st.data())
-def test_eager_equals_torch(case, data):
-    fuzz(case, "eager", data.draw)
+engines = st.sampled_from(ENGINES)
 
 
 @in_torch
-@budget(420)
+@budget(1300)
 @given(data=st.data())
-def test_triton_equals_torch(case, data):
-    fuzz(case, "triton", data.draw)
+def test_equals_torch(case, data):
+    fuzz(case, data.draw(engines), data.draw)
 
 
 every_mode = pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.id)
@@ -305,14 +301,7 @@ def cases_of(mode):
 
 
 @every_mode
-@budget(250)
+@budget(400)
 @given(data=st.data())
-def test_eager_equals_torch_in_every_mode(mode, data):
-    fuzz(data.draw(cases_of(mode)), "eager", data.draw, mode)
-
-
-@every_mode
-@budget(150)
-@given(data=st.data())
-def test_triton_equals_torch_in_every_mode(mode, data):
-    fuzz(data.draw(cases_of(mode)), "triton", data.draw, mode)
+def test_equals_torch_in_every_mode(mode, data):
+    fuzz(data.draw(cases_of(mode)), data.draw(engines), data.draw, mode)

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import fusedopt
+from tests.twins import ENGINES
 
-BOTH = pytest.mark.parametrize("backend", ["eager", "triton"])
+BOTH = pytest.mark.parametrize("backend", ENGINES)
 START = (-5.0, -2.0)
 
 

@@ -14,12 +14,12 @@ from tests.conftest import DEVICE
 from tests.optimizer.test_state import saved_and_loaded
 from tests.oracle import Bounded, exact
 from tests.tolerance import assert_close
-from tests.twins import BACKENDS, bits, make_params, params_of, random, set_grads, snapshot, train
+from tests.twins import ENGINES, bits, make_params, params_of, random, set_grads, snapshot, train
 
 FP64, COMPLEX = torch.float64, torch.complex64
 NAN, INF = float("nan"), float("inf")
 
-pytestmark = pytest.mark.parametrize("backend", BACKENDS)
+pytestmark = pytest.mark.parametrize("backend", ENGINES)
 
 
 def zeros(*shapes_and_dtypes):
@@ -293,7 +293,7 @@ def test_sgd_begins_its_buffer_at_the_first_step_that_is_taken(backend, options)
     assert all(state == {} for state in saved["state"].values())
     theirs = torch.optim.SGD(make_params(), lr=0.1, foreach=False, **options)
     theirs.load_state_dict(copy.deepcopy(saved))
-    (other,) = {*BACKENDS} - {backend}
+    (other,) = {*ENGINES} - {backend}
     loaded = fusedopt.SGD(make_params(), lr=0.1, backend=other, **options)
     loaded.load_state_dict(saved)
     for optimizer in (ours, loaded, copy.deepcopy(ours), theirs):

@@ -12,12 +12,12 @@ from tests.oracle import Bounded, exact
 from tests.step.test_gate import COMPLEX, INF, NAN, zeros
 from tests.step.test_grad_scaler import number
 from tests.tolerance import assert_close
-from tests.twins import BACKENDS, bits, params_of, random, set_grads, snapshot
+from tests.twins import ENGINES, KERNELS, bits, params_of, random, set_grads, snapshot
 
 FP64 = torch.float64
 BLOCK = 4096  # of the interpreter
 CLIPPED = {"max_grad_norm": 1e-3, "skip_nonfinite": True}
-both_backends = pytest.mark.parametrize("backend", BACKENDS)
+both_backends = pytest.mark.parametrize("backend", ENGINES)
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
@@ -63,7 +63,7 @@ def test_as_torch_fused(what, scale):
         params = with_grads(random((40,), 1, FP32), random((3, 5), 2, FP32))
         if what == "skipped":
             params[0].grad[7] = INF
-        optimizer = make(params, fused=True, **({} if make is torch.optim.AdamW else {"backend": "triton"}))
+        optimizer = make(params, fused=True, **({} if make is torch.optim.AdamW else {"backend": KERNELS}))
         scaler = torch.amp.GradScaler(DEVICE, init_scale=scale)
         scaler.scale(torch.ones((), device=DEVICE))
         if what == "unscaled before":
@@ -197,7 +197,7 @@ def sharing():
     }
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, "mixed"])
+@pytest.mark.parametrize("backend", [*ENGINES, "mixed"])
 @pytest.mark.parametrize("scale", [65536.0, 3.0])
 @pytest.mark.parametrize("what", sharing())
 def test_shared_gradients(backend, what, scale, monkeypatch):
@@ -209,7 +209,7 @@ def test_shared_gradients(backend, what, scale, monkeypatch):
     optimizers = []
     for same in (params, twins):
         groups = [{"params": same[:1]}, {"params": same[1:], "fused": False if backend == "mixed" else None}]
-        optimizer = fusedopt.AdamW(groups, backend="triton" if backend == "mixed" else backend)
+        optimizer = fusedopt.AdamW(groups, backend=KERNELS if backend == "mixed" else backend)
         scaled_step(optimizer, scale, found_inf=1.0)
         for param, grad in zip(same, before, strict=True):
             assert torch.equal(param.grad, grad)
@@ -244,7 +244,7 @@ def test_sparse_gradients(coalesced, dtype):
     grad = grad.coalesce() if coalesced else grad
     params = with_grads(grad, random((5,), 1, dtype), grad)
     before = grads_of(params)
-    optimizer = fusedopt.SGD(params, lr=1.0, backend="triton")
+    optimizer = fusedopt.SGD(params, lr=1.0, backend=KERNELS)
     start = [param.detach().clone() for param in params]
     scaled_step(optimizer, 4.0)
     assert params[0].grad is params[2].grad

@@ -15,11 +15,11 @@ from tests.conftest import DEVICE
 from tests.optimizer.test_state import saved_and_loaded
 from tests.oracle import Bounded, exact
 from tests.tolerance import assert_close
-from tests.twins import BACKENDS, bits, make_params, params_of, random, set_grads, train
+from tests.twins import ENGINES, bits, make_params, params_of, random, set_grads, train
 
 FP64, COMPLEX = torch.float64, torch.complex64
 
-pytestmark = pytest.mark.parametrize("backend", BACKENDS)
+pytestmark = pytest.mark.parametrize("backend", ENGINES)
 every_mode = pytest.mark.parametrize("mode", AVERAGED, ids=lambda mode: mode.id)
 
 
@@ -205,7 +205,7 @@ def test_a_resumed_run_gives_the_bits_of_an_unbroken_one(backend, mode, how):
 def test_it_goes_on_on_the_other_backend(backend):
     first = make(backend, make_params(BF16))
     train(first, range(2))
-    other = make(*({*BACKENDS} - {backend}), copy.deepcopy(params_of(first)))
+    other = make(*({*ENGINES} - {backend}), copy.deepcopy(params_of(first)))
     other.load_state_dict(saved_and_loaded(first.state_dict()))
     assert list(map(bits, averages(other))) == list(map(bits, averages(first)))
     for optimizer in (first, other):

@@ -17,7 +17,7 @@ from tests.cases import CASES, FP32, MODES, Case, Mode
 from tests.oracle import Array, Bounded, exact
 from tests.rules.test_reference import LAYOUTS, SCALAR_STATES, Noise, seeded
 from tests.tolerance import ULPS, assert_close, ulp
-from tests.twins import BACKENDS
+from tests.twins import ENGINES
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 DISTINCT = list({(case.optimizer, *sorted(oracle.state_names(case))): case for case in CASES}.values())
 COMBINATIONS = [(case, mode) for case, mode in product(DISTINCT, MODES) if not mode.asks_for_nothing(case)]
 IDS = [f"{case.id}-{mode.id}" for case, mode in COMBINATIONS]
-both_backends = pytest.mark.parametrize("backend", BACKENDS)
+both_backends = pytest.mark.parametrize("backend", ENGINES)
 SEED = 7
 STATE_OF = {"master_weights": "master_param", "kahan": "kahan_comp"}
 
@@ -121,10 +121,10 @@ def test_every_layout(layout, mode, device, seed):
     noise = Noise(seed, mode.dtype, device)
     values = make_param(noise)
     options = {"lr": 2.0**-6, "momentum": 0.5, "seed": SEED, **mode.options}
-    params = [torch.nn.Parameter(torch.empty_like(values).copy_(values)) for _ in BACKENDS]
+    params = [torch.nn.Parameter(torch.empty_like(values).copy_(values)) for _ in ENGINES]
     if "gaps" in layout:
-        params = [torch.nn.Parameter(make_param(Noise(seed, mode.dtype, device))) for _ in BACKENDS]
-    optimizers = [fusedopt.SGD([p], backend=b, **options) for p, b in zip(params, BACKENDS, strict=True)]
+        params = [torch.nn.Parameter(make_param(Noise(seed, mode.dtype, device))) for _ in ENGINES]
+    optimizers = [fusedopt.SGD([p], backend=b, **options) for p, b in zip(params, ENGINES, strict=True)]
     for _ in range(3):
         grad = make_grad(noise)
         for param, optimizer in zip(params, optimizers, strict=True):

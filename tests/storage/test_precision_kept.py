@@ -11,9 +11,9 @@ from tests.cases import BF16, FP32
 from tests.conftest import DEVICE
 from tests.optimizer.test_custom import readme_class  # noqa: F401
 from tests.optimizer.test_state import saved_and_loaded
-from tests.twins import BACKENDS, bits
+from tests.twins import ENGINES, bits
 
-pytestmark = pytest.mark.parametrize("backend", BACKENDS)
+pytestmark = pytest.mark.parametrize("backend", ENGINES)
 
 
 def master(backend, values=(1.0, -3.0, 0.3), **options):
