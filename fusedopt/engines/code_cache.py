@@ -92,7 +92,9 @@ def _identity(value: Any) -> Any:
 def _surroundings() -> str:
     import llvmlite.binding as llvm
 
-    kernels = Path(__file__).parents[1] / "kernels"
-    sources = [path.read_bytes() for path in (*sorted(kernels.glob("*.py")), *sorted(kernels.glob("cpu/*.py")))]
+    from .. import kernels
+
+    folder = Path(kernels.__file__).parent
+    sources = [path.read_bytes() for path in (*sorted(folder.glob("*.py")), *sorted(folder.glob("cpu/*.py")))]
     cpu = llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
     return repr((sys.version_info[:2], version("numba"), version("llvmlite"), cpu, sources))

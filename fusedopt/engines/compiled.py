@@ -21,11 +21,9 @@ Kernel = Callable[..., None]  # of the number of programs, how many elements the
 BLOCK_SIZE = 128  # tensors of a program of `prepare`
 CHUNK_SIZE = 16384  # elements of the others': fits the cache of a core, and looking up a chunk does not show
 SQUARES_PROGRAMS = 256  # fixed, so that the order of the sums is
-TAKEN = 32  # of the arguments: how many programs have been taken; on a cache line of its own
 
 _log = logging.getLogger("fusedopt")
 _Function = ctypes.CFUNCTYPE(None, ctypes.c_int64)
-_Arguments = ctypes.c_int64 * (TAKEN + 1)
 _numbers = count()
 _libraries: list[Any] = []  # which own the code
 _seconds = 0.0  # that compiling has taken
@@ -60,6 +58,10 @@ class CompiledKernels:
         """`sum_squares` for gradients of this dtype."""
         return self._kernel("sum_squares", GRAD=grad, CHUNK_SIZE=CHUNK_SIZE)
 
+    def argument(self, tensor: Tensor) -> int:
+        """What stands for a tensor that stays where it is."""
+        return tensor.data_ptr()
+
     def _kernel(self, name: str, **constants: Any) -> Kernel:
         return _kernel(name, tuple((key, _plain(value)) for key, value in constants.items()))
 
@@ -75,12 +77,15 @@ def _plain(value: Any) -> Any:
 
 @cache
 def _kernel(name: str, constants: tuple[tuple[str, Any], ...]) -> Kernel:
+    from ..kernels.cpu import TAKEN
+
     address = _linked(*_compiled(name, dict(constants)))
     function = _Function(address)
+    table = ctypes.c_int64 * (TAKEN + 1)
 
     def launch(programs: int, elements: int, *args: Tensor | int) -> None:
-        addresses = [arg if isinstance(arg, int) else arg.data_ptr() for arg in args]
-        arguments = _Arguments(programs, *addresses)
+        addresses = [arg if type(arg) is int else arg.data_ptr() for arg in args]
+        arguments = table(programs, *addresses)
         threads.run(function, address, ctypes.addressof(arguments), elements)
 
     return launch

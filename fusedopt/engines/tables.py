@@ -73,6 +73,10 @@ class TritonKernels:
 
         return self._kernel(sum_squares, **squares_constants(grad))
 
+    def argument(self, tensor: Tensor) -> Tensor:
+        """What stands for a tensor that stays where it is."""
+        return tensor
+
     def _kernel(self, kernel: Any, **constants: Any) -> Kernel:
         return lambda programs, elements, *args: launch(kernel, programs, *args, **constants, **self._options)
 
@@ -131,15 +135,6 @@ class Tables:
         self._groups, self._scalar_states, *tables = (on_device[part] for part in parts)
         n_squares = len(self._squares.sections)
         self._squares.tables, tables = tables[:n_squares], tables[n_squares:]
-        firsts = [0, *accumulate(map(len, members.values()))]
-        self._updates = [
-            (signature, sum(item.numel for item in same), (rows, chunks.view(torch.int32), first))
-            for (signature, same), first, rows, chunks in zip(
-                members.items(), firsts, tables[::2], tables[1::2], strict=False
-            )
-            if len(chunks)
-        ]
-        self._bound: dict[tuple[bool, bool], tuple[Kernel, list[Kernel]]] = {}
         self._scalars = torch.empty(len(ordered) * (n_scalars + 1), dtype=torch.float64, device=device)
         self._control = torch.empty(4, dtype=torch.float64, device=device)
         # In place of what a step has not.
@@ -161,6 +156,27 @@ class Tables:
         self._converts = False  # whether any of them is a copy, which does not follow its source
         self._hyper_version = -1
         self._known: Any = None  # what the last `read` was told
+
+        # The arguments of the launches, but for those of `prepare` that a step decides.
+        place = self._kernels.argument
+        grads, hyper, hyper_tensors, limits = map(place, self._reads)
+        scalars, control = place(self._scalars), place(self._control)
+        self._read_by_prepare = place(self._groups), grads, place(self._scalar_states), hyper, hyper_tensors, limits
+        self._written_by_prepare = scalars, control
+        firsts = accumulate(map(len, members.values()), initial=0)
+        self._updates = [
+            (
+                signature,
+                sum(item.numel for item in same),
+                len(chunks),
+                (place(rows), grads, scalars, control, place(chunks.view(torch.int32)), first),
+            )
+            for (signature, same), first, rows, chunks in zip(
+                members.items(), firsts, tables[::2], tables[1::2], strict=False
+            )
+            if len(chunks)
+        ]
+        self._bound: dict[tuple[bool, bool], tuple[Kernel, list[Kernel]]] = {}  # kernels, by what a step asks of them
 
     def is_current(self) -> bool:
         """Whether the tables can be used on the current stream."""
@@ -207,19 +223,20 @@ class Tables:
                 HYPER_TENSORS=kind[0],
             )
             same = {"UPDATE": self._update_rule, "N_SCALARS": self._n_scalars, "UNSCALE": unscale}
-            updates = [self._kernels.update(signature, **same) for signature, _, _ in self._updates]
+            updates = [self._kernels.update(signature, **same) for signature, *_ in self._updates]
             self._bound[kind] = prepare, updates
         return self._bound[kind]
 
     def step(self, gate: Gate) -> None:
         """Step the tensors, if the gate lets the step pass."""
-        grads, hyper, hyper_pointers, limits = self._reads
-        n_tensors = len(self.positions)
         prepare, updates = self.bind(unscale=gate.grad_scale is not None)
-        partials = gate.partials_on(self.device) if gate.partials else self._unread
-        grad_norm = torch.empty((), dtype=torch.float64, device=self.device) if gate.partials else self._unread
-        if gate.partials and gate.grad_norm is None:
-            gate.grad_norm = grad_norm
+        n_tensors = len(self.positions)
+        n_partials, partials, grad_norm = 0, self._unread, self._unread
+        if gate.partials:
+            partials = gate.partials_on(self.device)
+            n_partials = partials.shape[0]
+            grad_norm = torch.empty((), dtype=torch.float64, device=self.device)
+            gate.grad_norm = grad_norm if gate.grad_norm is None else gate.grad_norm
         rounding_step, advance = gate.take_rounding_step()
         counters = [
             (counter, instead if counter is None else counter.to(self.device, non_blocking=True))
@@ -232,26 +249,22 @@ class Tables:
             prepare(
                 -(-n_tensors // PREPARE_BLOCK_SIZE),
                 n_tensors,
-                self._groups,
-                grads,
-                self._scalar_states,
-                hyper,
-                hyper_pointers,
-                limits,
+                *self._read_by_prepare,
                 grad_scale,
                 found_inf,
                 partials,
-                self._scalars,
-                self._control,
+                *self._written_by_prepare,
                 grad_norm,
                 *(here for _, here in counters),
                 n_tensors,
-                len(partials) if gate.partials else 0,
+                n_partials,
                 advance,
             )
-            for update, (_, elements, (rows, chunks, first)) in zip(updates, self._updates, strict=True):
-                update(len(chunks) // 2, elements, rows, grads, self._scalars, self._control, chunks, first)
-        self._uploads.keep_for_graph(self._hyper_tensors, grads, partials, grad_norm, counters, found_inf, grad_scale)
+            for update, (_, elements, programs, arguments) in zip(updates, self._updates, strict=True):
+                update(programs, elements, *arguments)
+        self._uploads.keep_for_graph(
+            self._hyper_tensors, self._reads, partials, grad_norm, counters, found_inf, grad_scale
+        )
         for counter, here in counters:
             if counter is not None and counter is not here:
                 counter.copy_(here, non_blocking=True)
@@ -288,7 +301,7 @@ class Squares:
         self._kernels = kernels
         self._bound: list[Kernel] = []
         self._kinds = list(rows)
-        self._elements = [int(same[:, 1].sum()) for same in arrays]
+        self._sizes = [(int(same[:, 1].sum()), len(chunks)) for same, (_, chunks) in zip(arrays, pairs, strict=True)]
 
     def bind(self) -> list[Kernel]:
         """`sum_squares` for each part and dtype. CompileError if it cannot be compiled for the CPU."""
@@ -298,15 +311,15 @@ class Squares:
 
     def launch(self, grads: Tensor, device: torch.device) -> list[tuple[int, Tensor]]:
         """One launch for each part and dtype; for each part, what it left."""
-        counts = [min(len(chunks), self._kernels.squares_programs) for chunks in self.tables[1::2]]
+        counts = [min(n_chunks, self._kernels.squares_programs) for _, n_chunks in self._sizes]
         partials = torch.empty((sum(counts), 2), dtype=torch.float64, device=device)
         firsts = [0, *accumulate(counts)]
-        for sum_squares, elements, rows, chunks, first, count in zip(
-            self.bind(), self._elements, self.tables[::2], self.tables[1::2], firsts, counts, strict=False
+        for sum_squares, (elements, n_chunks), rows, chunks, first, count in zip(
+            self.bind(), self._sizes, self.tables[::2], self.tables[1::2], firsts, counts, strict=False
         ):
             if count:
                 here = partials[first : first + count]
-                sum_squares(count, elements, rows, grads, chunks.view(torch.int32), here, len(chunks))
+                sum_squares(count, elements, rows, grads, chunks.view(torch.int32), here, n_chunks)
         if len({part for part, _ in self._kinds}) == 1:
             return [(self._kinds[0][0], partials)]
         return [

@@ -6,3 +6,5 @@ A kernel gets the address of its arguments and the number of its program; what i
 
 Imports numba, llvmlite, numpy and the device functions of `fusedopt.kernels`, which it reads; never Triton itself.
 """
+
+TAKEN = 32  # where among a kernel's arguments it counts the programs that have been taken: on a cache line of its own

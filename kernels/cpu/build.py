@@ -3,12 +3,11 @@
 import numpy as np
 from numba import cfunc, types
 
-from . import gate, multi_tensor
+from . import TAKEN, gate, multi_tensor
 from .memory import load, take
 from .specialize import specialize
 
 KERNELS = {"sum_squares": gate.sum_squares, "prepare": multi_tensor.prepare, "update": multi_tensor.update}
-TAKEN = 32  # of the arguments: how many programs have been taken; on a cache line of its own
 
 
 def object_code(name, constants):

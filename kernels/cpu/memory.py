@@ -83,6 +83,15 @@ def arguments(typing, args, COUNT):
     return result(types.int64, COUNT), codegen
 
 
+@intrinsic(prefer_literal=True)
+def check_count(typing, items, COUNT, WHAT):
+    """Refuse to compile a tuple of another length."""
+    count, what = COUNT.literal_value, WHAT.literal_value
+    if len(items) != count:
+        raise TypeError(f"the rule returns {len(items)} {what}, but its class has {count}")
+    return types.void(items, COUNT, WHAT), lambda context, b, sig, args: context.get_dummy_value()
+
+
 @intrinsic
 def take(typing, address):
     """The int64 there, which becomes one more: each of the threads that ask at once gets another number."""

@@ -4,7 +4,7 @@ import numpy as np
 
 from ..arithmetic import lerp
 from .gate import decide
-from .memory import arguments, load, nearest, scratch, static_range, store, where
+from .memory import arguments, check_count, load, nearest, scratch, static_range, store, where
 from .rounding import TILE, random_bits, stochastic, with_compensation, with_master
 
 HALVES = ("bfloat16", "float16")
@@ -74,6 +74,8 @@ def prepare(args, program, SCALARS, N_HYPER, N_SCALAR_STATES, N_SCALARS, HYPER_T
         ema_weight = where(ema_begun == 0, 1.0, 1 - ema_decay)
 
         scalars, scalar_states = SCALARS(hyper, scalar_states)
+        check_count(scalars, N_SCALARS, "scalars")
+        check_count(scalar_states, N_SCALAR_STATES, "scalar states")
 
         for i in static_range(N_SCALAR_STATES):
             store_number(addresses[i], scalar_states[i])
@@ -106,6 +108,7 @@ def update_element(
         store(grad_address, offset, unscale * scaled_grad, GRAD)
 
     param, states = UPDATE(param, grad, states, scalars, STATES)
+    check_count(states, len(STATES), "states")
 
     if STOCHASTIC and PARAM in HALVES and KEPT is None:
         param = stochastic(param, load(bits, lane, "uint16"), PARAM)

@@ -103,6 +103,12 @@ class _Specializer(ast.NodeTransformer):
             return ast.copy_location(self._call(function, node), node)
         return self.generic_visit(node)
 
+    def visit_UnaryOp(self, node):
+        """Triton's -x is 0 - x: that of 0.0 is 0.0."""
+        if self._weak and isinstance(node.op, ast.USub):
+            return self.visit(ast.copy_location(ast.BinOp(ast.Constant(0.0), ast.Sub(), node.operand), node))
+        return self.generic_visit(node)
+
     def visit_AugAssign(self, node):
         """Numba adds no tuple in place."""
         target = ast.Name(node.target.id, ast.Load())
