@@ -51,10 +51,11 @@ class FusedOptimizer(torch.optim.Optimizer):
     Args:
         params: parameters, named parameters or param groups, as for any ``torch.optim.Optimizer``.
         defaults: the default of every key of a param group.
-        backend: ``"auto"`` runs the kernels on parameters that lie on a GPU which Triton drives and the reference on
-            all others; ``"eager"`` always runs the reference; ``"triton"`` always runs the kernels, for tensors
-            on the CPU in Triton's interpreter, which ``TRITON_INTERPRET=1`` must have turned on. Not part of the
-            ``state_dict``.
+        backend: ``"auto"`` runs Triton's kernels on parameters that lie on a GPU which Triton drives, the same kernels
+            compiled by numba on those that lie on the CPU, if numba is there (``pip install fusedopt[cpu]``) and can
+            compile the rule, and the reference on all others. ``"triton"`` and ``"compiled"`` insist on theirs,
+            ``"eager"`` is the reference. For tensors on the CPU ``"triton"`` is Triton's interpreter, which
+            ``TRITON_INTERPRET=1`` must have turned on. Not part of the ``state_dict``.
         state_dtype: the dtype in which states are created, fp32, bf16 or fp16; None means the parameter's. States that
             are there, or loaded, keep theirs. All arithmetic is in fp32 (fp64 for fp64 parameters). fp16 holds no
             square of a number beyond 255.
@@ -81,7 +82,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     options that differ from their defaults, and the seed of stochastic rounding; where a loaded one has none, this
     optimizer's stay.
 
-    ``torch.amp.GradScaler`` leaves unscaling and skipping to the step where the kernels run for all parameters, and no
+    ``torch.amp.GradScaler`` leaves unscaling and skipping to the step where kernels step all parameters, and no
     hook, no wrapper and no `step` of a subclass would see scaled gradients: by its attributes `grad_scale`, which the
     gradients are divided by, and `found_inf`, which skips the step unless it is 0. Both are one-element tensors; a step
     reads them where they are and waits for neither. With a `grad_scale`, a step that is taken leaves ``param.grad``
@@ -104,10 +105,11 @@ class FusedOptimizer(torch.optim.Optimizer):
     Raises:
         TypeError: the class does not declare what is asked for above, or its parts disagree; `seed` is no int;
             `max_grad_norm` or `ema_decay` is no number, `skip_nonfinite` no bool.
-        ValueError: unknown backend; ``backend="triton"`` for a parameter that the kernels cannot step; options for low
+        ValueError: unknown backend; ``"triton"`` or ``"compiled"`` for a parameter that it cannot step; options for low
             precision that are unknown, exclude each other, or have nothing to act on; `max_grad_norm` or `ema_decay`
             outside its range; `max_grad_norm` or `skip_nonfinite` not the same in all groups.
-        RuntimeError: ``differentiable=True``; ``fused`` and ``foreach`` both true; ``backend="triton"`` without Triton.
+        RuntimeError: ``differentiable=True``; ``fused`` and ``foreach`` both true; ``backend="triton"`` without
+            Triton, ``backend="compiled"`` without numba.
     """
 
     kernel: ClassVar[Any]

@@ -151,8 +151,6 @@ class Stepper:
         try:
             plan.compile(gate.grad_scale is not None, gate.reads_gradients)
         except CompileError as why:
-            if optimizer.backend != "auto":
-                raise
             refuse(optimizer, why)
             plan = make()
         return plan

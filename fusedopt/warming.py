@@ -6,7 +6,8 @@ from functools import partial
 
 import torch
 
-from .engines.choice import engine, why_not
+from .engines.choice import engine, refuse, why_not
+from .engines.compiled import CompileError
 from .engines.kernel_step import signature_of
 from .engines.signature import Signature
 from .engines.tables import Item, Tables
@@ -22,9 +23,9 @@ from .storage.states import create_states
 def warmup(optimizer: FusedOptimizer) -> None:
     """Compile the kernels that the steps of an optimizer will launch, so that the first one does not wait for them.
 
-    Launches each of them once, with nothing to do: no parameter and no state is read, written or created. Triton keeps
-    what it has compiled on disk, so this takes seconds only once on a machine. Without parameters that the kernels
-    step, nothing happens.
+    Launches each of them once, with nothing to do: no parameter and no state is read, written or created. What has been
+    compiled is kept on disk, so this takes seconds only once on a machine. Without parameters that kernels step, on a
+    GPU or on the CPU, nothing happens.
 
     Where a parameter has no gradient yet, its gradients are expected in the parameter's dtype, and none if it requires
     none. What turns up only later (another dtype, an option switched on) is compiled when it is there.
@@ -34,7 +35,7 @@ def warmup(optimizer: FusedOptimizer) -> None:
 
     Raises:
         TypeError: it is another object.
-        RuntimeError: a CUDA graph is being captured.
+        RuntimeError: a CUDA graph is being captured; with ``backend="compiled"``, a rule cannot be compiled.
     """
     if not isinstance(optimizer, FusedOptimizer):
         raise TypeError(f"warmup compiles for the optimizers of fusedopt, but this is a {torch.typename(optimizer)}")
@@ -44,13 +45,20 @@ def warmup(optimizer: FusedOptimizer) -> None:
     hyper.refresh(optimizer.param_groups)
     for (device, engine_name), items in _signatures(optimizer).items():
         tables = Tables(optimizer, list(items.values()), hyper.count, device, engine_name)
-        for grad_scale in (None, torch.ones((), device=device)):  # GradScaler may come or not
-            gate = Gate(hyper, grad_scale)
-            tables.read([0] * len(items), hyper, gate)
-            if gate.reads_gradients:
-                for _, partials in tables.sum_squares():
-                    gate.add(partials)
-            tables.step(gate)
+        try:
+            for grad_scale in (None, torch.ones((), device=device)):  # GradScaler may come or not
+                _launch(tables, Gate(hyper, grad_scale), hyper)
+        except CompileError as why:
+            refuse(optimizer, why)
+
+
+def _launch(tables: Tables, gate: Gate, hyper: Hyper) -> None:
+    """Launch all kernels of a step without a gradient."""
+    tables.read([0] * len(tables.positions), hyper, gate)
+    if gate.reads_gradients:
+        for _, partials in tables.sum_squares():
+            gate.add(partials)
+    tables.step(gate)
 
 
 def _signatures(optimizer: FusedOptimizer) -> dict[tuple[torch.device, str], dict[Signature, Item]]:

@@ -38,7 +38,9 @@ def engine(optimizer: OptimizerLike, group: Group, param: Tensor) -> str:
 
 
 def refuse(optimizer: OptimizerLike, why: Exception) -> None:
-    """Leave an optimizer to the reference from now on, where "auto" would have compiled it."""
+    """Leave an optimizer to the reference from now on, where "auto" would have compiled it; raise for who insists."""
+    if optimizer.backend != "auto":
+        raise why
     _refused.add(type(optimizer))
     warnings.warn(
         f"{type(optimizer).__name__} cannot be compiled for the CPU, and is stepped by its reference there: {why}",

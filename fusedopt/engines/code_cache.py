@@ -92,9 +92,9 @@ def _identity(value: Any) -> Any:
 def _surroundings() -> str:
     import llvmlite.binding as llvm
 
-    from .. import kernels
+    from ..kernels import cpu
 
-    folder = Path(kernels.__file__).parent
-    sources = [path.read_bytes() for path in (*sorted(folder.glob("*.py")), *sorted(folder.glob("cpu/*.py")))]
+    here = Path(cpu.__file__).parent
+    sources = [path.read_bytes() for path in (*sorted(here.parent.glob("*.py")), *sorted(here.glob("*.py")))]
     cpu = llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
     return repr((sys.version_info[:2], version("numba"), version("llvmlite"), cpu, sources))

@@ -39,6 +39,7 @@ class CompiledKernels:
     All raise `CompileError`.
     """
 
+    prepare_block_size = BLOCK_SIZE
     squares_chunk_size = CHUNK_SIZE
     squares_programs = SQUARES_PROGRAMS
 
@@ -83,7 +84,7 @@ def _kernel(name: str, constants: tuple[tuple[str, Any], ...]) -> Kernel:
     function = _Function(address)
     table = ctypes.c_int64 * (TAKEN + 1)
 
-    def launch(programs: int, elements: int, *args: Tensor | int) -> None:
+    def launch(programs: int, elements: int, *args: Any) -> None:
         addresses = [arg if type(arg) is int else arg.data_ptr() for arg in args]
         arguments = table(programs, *addresses)
         threads.run(function, address, ctypes.addressof(arguments), elements)
@@ -104,8 +105,15 @@ def _compiled(name: str, constants: dict[str, Any]) -> code_cache.Code:
             is_kept = code_cache.write(key, code)
             _tell(time.perf_counter() - begin, is_kept)
     except Exception as error:  # of Python's, numba's or LLVM's
-        raise CompileError(f"{type(error).__name__}: {error}".strip()) from error
+        raise CompileError(_reason(error)) from error
     return code
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, and in which line, without numba's way there."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("Failed in ")]
+    places = [line.rstrip(":") for line in lines if line.startswith("File ")]
+    return f"{type(error).__name__}: {' in '.join(lines[:1] + places[:1])}"
 
 
 def _linked(symbol: str, code: bytes) -> int:

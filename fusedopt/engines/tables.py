@@ -41,6 +41,7 @@ def launch(kernel: Any, programs: int, *args: Any, enable_fp_fusion: bool, **opt
 class TritonKernels:
     """The kernels of `fusedopt.kernels`, each as a function of programs, elements and arguments."""
 
+    prepare_block_size = PREPARE_BLOCK_SIZE
     squares_chunk_size = SQUARES_CHUNK_SIZE
 
     def __init__(self, device: torch.device) -> None:
@@ -247,7 +248,7 @@ class Tables:
         grad_scale = _on(self.device, gate.grad_scale, self._one)
         with self._uploads.on_device():
             prepare(
-                -(-n_tensors // PREPARE_BLOCK_SIZE),
+                -(-n_tensors // self._kernels.prepare_block_size),
                 n_tensors,
                 *self._read_by_prepare,
                 grad_scale,

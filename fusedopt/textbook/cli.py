@@ -71,7 +71,7 @@ def make_parser() -> Parser:
         return sub.add_argument
 
     def backend(add: Callable[..., argparse.Action]) -> None:
-        words = "auto, eager, or triton: the kernels, in Triton's interpreter if TRITON_INTERPRET=1 is set"
+        words = "auto, eager, compiled, or triton: the kernels, in Triton's interpreter if TRITON_INTERPRET=1 is set"
         add("--backend", choices=BACKENDS, default="auto", help=words)
 
     def quadratic(add: Callable[..., argparse.Action], default_a: float | None, default_b: float | None) -> None:

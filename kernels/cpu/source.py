@@ -9,6 +9,8 @@ def definition(function):
     """The syntax tree of a function, with the lines of its file."""
     source, line = inspect.getsourcelines(function)
     (tree,) = ast.parse(textwrap.dedent("".join(source))).body
+    if getattr(tree, "name", None) != function.__name__:
+        raise OSError(f"the source of {function.__name__} has changed since it was imported")
     return ast.increment_lineno(tree, line - 1)
 
 
