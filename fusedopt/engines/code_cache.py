@@ -79,13 +79,18 @@ def _identity(value: Any) -> Any:
         value = value.value
     if isinstance(value, NUMBERS):
         return repr(value)
-    if isinstance(value, tuple):
-        return tuple(_identity(item) for item in value)
+    if isinstance(value, (tuple, list)):
+        return list(map(_identity, value))
+    if isinstance(value, dict):
+        return [(key, _identity(item)) for key, item in value.items()]
     if isinstance(value, ModuleType):
         return value.__name__
     if isinstance(value, FunctionType) and not value.__module__.startswith("triton."):
         return inspect.getsource(value), [(name, _identity(item)) for name, item in used(value).items()]
-    return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__name__)}"
+    try:
+        return value.__module__, value.__qualname__
+    except AttributeError:
+        raise TypeError(f"it uses {value!r}, of which nobody can tell whether it has changed") from None
 
 
 @cache
@@ -96,5 +101,5 @@ def _surroundings() -> str:
 
     here = Path(cpu.__file__).parent
     sources = [path.read_bytes() for path in (*sorted(here.parent.glob("*.py")), *sorted(here.glob("*.py")))]
-    cpu = llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
-    return repr((sys.version_info[:2], version("numba"), version("llvmlite"), cpu, sources))
+    processor = llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
+    return repr((sys.version_info[:2], version("numba"), version("llvmlite"), processor, sources))

@@ -3,6 +3,7 @@
 import ast
 import inspect
 import textwrap
+from types import ModuleType
 
 
 def definition(function):
@@ -15,10 +16,21 @@ def definition(function):
 
 
 def used(function):
-    """The globals and nonlocals that a function names, sorted."""
+    """The globals and nonlocals that a function names, and what it takes from modules, by their sorted names."""
     known = {**function.__globals__, **inspect.getclosurevars(function).nonlocals}
-    names = {node.id for node in ast.walk(definition(function)) if isinstance(node, ast.Name)}
-    return {name: known[name] for name in sorted(names & known.keys() - {function.__name__})}
+    found = {}
+    for node in ast.walk(definition(function)):
+        name = ast.unparse(node) if isinstance(node, ast.Name | ast.Attribute) else ""
+        first, *others = name.split(".")
+        if first not in known or first == function.__name__:
+            continue
+        value = known[first]
+        for attribute in others:
+            is_own = isinstance(value, ModuleType) and not value.__name__.startswith("triton")
+            value = getattr(value, attribute, None) if is_own else None
+        if value is not None:
+            found[name] = value
+    return dict(sorted(found.items()))
 
 
 def is_constant(parameter):

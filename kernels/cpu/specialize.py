@@ -8,7 +8,6 @@ from types import FunctionType, ModuleType
 
 from numba import njit
 
-from .. import language as triton_language
 from . import language
 from .memory import static_range
 from .source import definition, is_constant, used
@@ -29,7 +28,7 @@ def specialize(function, constants, compute):
             takes this dtype, or `2.0 * x` would be float64.
     """
     tree = definition(function)
-    names = {name: meaning(value) for name, value in used(function).items()}
+    names = {name: meaning(value) for name, value in used(function).items() if "." not in name}
     parameters = tree.args.args
     for parameter in parameters:
         names.pop(parameter.arg, None)
@@ -51,7 +50,7 @@ def specialize(function, constants, compute):
 
 def meaning(value):
     """What stands here for something that Triton's functions use."""
-    if value is triton_language.tl or (isinstance(value, ModuleType) and value.__name__.startswith("triton.language")):
+    if isinstance(value, ModuleType) and value.__name__.startswith("triton.language"):
         return language.LANGUAGE
     if type(value).__name__ == "constexpr":
         return value.value
@@ -167,7 +166,7 @@ class _Specializer(ast.NodeTransformer):
             if isinstance(part, ast.Call) and not (isinstance(part.func, ast.Name) and part.func.id == "len"):
                 return False, None
         code = compile(ast.fix_missing_locations(ast.Expression(copy.deepcopy(node))), "", "eval")
-        return True, eval(code, {"__builtins__": {"len": len}}, self._known)
+        return True, meaning(eval(code, {"__builtins__": {"len": len}}, self._known))
 
     def _constant(self, node):
         is_known, value = self._evaluated(node)
@@ -178,6 +177,8 @@ class _Specializer(ast.NodeTransformer):
     def _literal(self, value):
         if isinstance(value, tuple):
             return ast.Tuple([self._literal(item) for item in value], ast.Load())
+        if isinstance(value, float):
+            value = float(value)  # and not one of numpy's
         if self._weak and type(value) in (int, float):
             return ast.Call(ast.Name("COMPUTE", ast.Load()), [ast.Constant(value)], [])
         return ast.Constant(value)

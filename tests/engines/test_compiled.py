@@ -190,11 +190,15 @@ def test_by_default_the_cache_is_the_users(monkeypatch, tmp_path):
 
 
 RULE = """
+import math
 import torch
+from types import SimpleNamespace
 from fusedopt import FusedOptimizer
 from fusedopt.kernels.language import tl, triton
 
 FACTOR = tl.constexpr({factor}) if hasattr(tl, "float32") else {factor}
+TABLE = {{"three": [{table}]}}
+OBJECT = SimpleNamespace(three=3.0)
 
 
 @triton.jit
@@ -229,7 +233,12 @@ class Own(FusedOptimizer):
     def reference(param, grad, states, scalars):
         param.sub_(scalars[0] * grad)
 """
-PLAIN = {"factor": 2.0, "helper": "x * FACTOR", "update": "return param - scalars[0] * helper(grad, 3), ()"}
+PLAIN = {
+    "factor": 2.0,
+    "table": 1.0,
+    "helper": "x * FACTOR",
+    "update": "return param - scalars[0] * helper(grad, 3), ()",
+}
 
 
 @pytest.fixture
@@ -256,12 +265,15 @@ def test_any_change_of_a_rule_compiles_it_anew(cache, builds, own):
             {"factor": 3.0},
             {"helper": "x + FACTOR"},
             {"update": "return param + scalars[0] * helper(grad, 3), ()"},
+            {"helper": "x + TABLE['three'][0] * math.pi"},
+            {"helper": "x + TABLE['three'][0] * math.pi", "table": 3.0},
+            {"helper": "x + TABLE['three'][0] * math.e", "table": 3.0},
             {},
         )
     ]
-    assert builds.count("update") == 4
+    assert builds.count("update") == 7
     assert results[0] == results[-1]
-    assert len({repr(result) for result in results}) == 4
+    assert len({repr(result) for result in results}) == 7
 
 
 def test_what_takes_long_is_told_once(cache, caplog, monkeypatch):
@@ -289,6 +301,7 @@ def test_warmup_compiles_and_writes_nothing(cache, builds, options):
 # Rules that cannot be compiled.
 
 IMPOSSIBLE = {
+    "it uses namespace.*, of which nobody can tell whether it has changed": "return param - OBJECT.three * grad, ()",
     "tl.umulhi is not known on a CPU": "return param - tl.umulhi(grad, grad), ()",
     "the rule returns 1 states, but its class has 0": "result = param - grad, (grad,)\n    return result",
 }
