@@ -13,7 +13,7 @@ import torch
 
 from .common import circumstances, default_device
 from .steps.compare import Row
-from .steps.comparisons import LEFT_OUT_ON_CPU, Comparison
+from .steps.comparisons import Comparison, left_out_on_cpu
 from .steps.machine import Machine, this_machine
 from .steps.peers import FLASHOPTIM, OPTIMI, version
 
@@ -26,7 +26,7 @@ class Session:
         self._circumstances = circumstances("pytest", torch.device(default_device()))
         self._circumstances["peers"] = {name: version(name) for name in (OPTIMI, FLASHOPTIM)}
         self.rows: dict[str, list[Row]] = {kind: [] for kind in KINDS}
-        self.left_out = [] if torch.cuda.is_available() else list(LEFT_OUT_ON_CPU)
+        self.left_out = [] if torch.cuda.is_available() else left_out_on_cpu()
         self._end = None if budget is None else time.monotonic() + budget
 
     @property
@@ -65,7 +65,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    torch.set_num_threads(1)  # others would make the times depend on what else the machine does
     config.stash[SESSION] = Session(config.getoption("--results"), config.getoption("--budget"))
     if not config.pluginmanager.hasplugin("benchmark"):
         config.addinivalue_line("markers", "benchmark: how pytest-benchmark shows it")
@@ -139,7 +138,8 @@ def show(comparison: dict[str, Row], request: pytest.FixtureRequest) -> Callable
         if row.error is not None:
             pytest.skip(row.error)
         benchmark = request.getfixturevalue("benchmark")
-        benchmark.group = f"{row.case}, {row.shape}, {row.dtype}"
+        threads = f", {row.threads} threads" * (row.threads != 1)
+        benchmark.group = f"{row.case}, {row.shape}, {row.dtype}{threads}"
         benchmark.extra_info.update(row.record())
         benchmark.pedantic(CLOCK.play, args=(iter(row.samples),), rounds=len(row.samples))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+LEAST_ROUNDS = 5  # however long they take: their median counts
 
 Call = Callable[[], object]
 Stopwatch = Callable[[Call], float]  # runs the call once and says how many seconds it took
@@ -106,17 +109,20 @@ class EventStopwatch:
 
 
 def interleaved(
-    works: Mapping[str, Work], stopwatch: Stopwatch, rounds: int, repeats: int = 1
+    works: Mapping[str, Work], stopwatch: Stopwatch, rounds: int, repeats: int = 1, seconds: float = math.inf
 ) -> dict[str, list[float]]:
-    """The seconds of every work, `rounds` times `repeats` of them.
+    """The seconds of every work, `rounds` times `repeats` of them; less where the rounds take more than `seconds`.
 
     In each round every work has a turn: once untimed, since another one has just used the caches, then `repeats`
     times. The order changes from round to round.
     """
     names = list(works)
     times: dict[str, list[float]] = {name: [] for name in names}
+    end = time.monotonic() + seconds
     with _without_garbage_collection():
         for turn in range(rounds):
+            if turn >= LEAST_ROUNDS and time.monotonic() > end:
+                break
             first = turn % len(names)
             for name in names[first:] + names[:first]:
                 work = works[name]

@@ -2,11 +2,12 @@
 
 fusedopt stands beside torch's fused and foreach optimizers, in one process, by turns. On a GPU the steps are real, the
 device is idle before each, and the time ends when `step()` returns. Without one every kernel is emptied, torch's too,
-so that what is left is bookkeeping: `fusedopt.engines.tables.launch`, and all of torch.optim's `torch._fused_*` and
-`torch._foreach_*`, are functions that do nothing. Then it is the CPU time of the thread that counts, which other
-programs on the machine change less than the time of the clock: nothing waits in such a step. What a GPU would add is
-not in these numbers: for fusedopt Triton's launcher and copies from pinned memory, for torch what its C++ does to pack
-addresses into launches.
+so that what is left is bookkeeping: `fusedopt.engines.tables.launch`, by which Triton's kernels start,
+`fusedopt.engines.threads.run`, by which those do that are compiled for the CPU, and all of torch.optim's
+`torch._fused_*` and `torch._foreach_*`, are functions that do nothing. Then it is the CPU time of the thread that
+counts, which other programs on the machine change less than the time of the clock: nothing waits in such a step. What a
+GPU would add is not in these numbers: for fusedopt Triton's launcher and copies from pinned memory, for torch what its
+C++ does to pack addresses into launches.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ import torch
 from torch import nn
 
 import fusedopt
-from fusedopt.engines import tables
-from fusedopt.engines.choice import triton_is_installed
+from fusedopt.engines import tables, threads
+from fusedopt.engines.choice import numba_is_installed, triton_is_installed
 
 from ..common import (
     RESULTS,
@@ -49,7 +50,7 @@ SHAPES = [(1, 1), (30, 1), (300, 1), (3000, 1), (465, 50), (465, 465)]  # tensor
 PROFILED = [(300, 1), (465, 465)]
 NUMEL = 256
 TOP = 12  # functions in a profile
-OURS, FUSED, FOREACH = "fusedopt", "torch fused", "torch foreach"
+OURS, FUSED, FOREACH, ON_CPU = "fusedopt", "torch fused", "torch foreach", "fusedopt, compiled"
 # What happens to the optimizer's input between two steps.
 CHANGES = {
     "nothing": "nothing changes",
@@ -103,14 +104,17 @@ class Contender:
         return Work(self.optimizer.step, prepare)
 
 
-def makers(name: str) -> dict[str, Callable[..., torch.optim.Optimizer]]:
+def makers(name: str, device: torch.device) -> dict[str, Callable[..., torch.optim.Optimizer]]:
     """The optimizers of this name, from both libraries."""
     ours, theirs = getattr(fusedopt, name), getattr(torch.optim, name)
-    return {
+    made = {
         OURS: partial(ours, backend="triton"),
         FUSED: partial(theirs, fused=True),
         FOREACH: partial(theirs, foreach=True),
     }
+    if device.type == "cpu" and numba_is_installed():
+        made[ON_CPU] = partial(ours, backend="compiled")
+    return made
 
 
 @contextmanager
@@ -132,24 +136,24 @@ def emptied_kernels() -> Iterator[Counter[str]]:
             setattr(hollow, name, empty(name))
     modules = [module for name, module in sys.modules.items() if name.startswith("torch.optim.")]
     modules = [module for module in modules if vars(module).get("torch") is torch]
-    launch = tables.launch
+    launch, run = tables.launch, threads.run
     try:
-        tables.launch = empty("launch")
+        tables.launch, threads.run = empty("launch"), empty("run")
         for module in modules:
             module.torch = hollow
         yield calls
     finally:
-        tables.launch = launch
+        tables.launch, threads.run = launch, run
         for module in modules:
             module.torch = torch
 
 
 def contenders(name: str, shape: tuple[int, int], device: torch.device) -> dict[str, Contender]:
     """The optimizers of one name, with their states created."""
-    made = {who: Contender(make, shape, device) for who, make in makers(name).items()}
+    made = {who: Contender(make, shape, device) for who, make in makers(name, device).items()}
     for who, contender in made.items():
         # With empty kernels torch would stay at step 0, and foreach divide by 0. fusedopt creates its states anyway.
-        if who != OURS or device.type != "cpu":
+        if who not in (OURS, ON_CPU) or device.type != "cpu":
             contender.optimizer.step()
     return made
 

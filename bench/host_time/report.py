@@ -13,12 +13,17 @@ from tabulate import tabulate
 from ..common import circumstances_in_words
 
 # Colours of Okabe and Ito's palette, which colour-blind readers can tell apart.
-COLORS = {"fusedopt": "#E69F00", "torch fused": "#0072B2", "torch foreach": "#009E73"}
+COLORS = {
+    "fusedopt": "#E69F00",
+    "fusedopt, compiled": "#D55E00",
+    "torch fused": "#0072B2",
+    "torch foreach": "#009E73",
+}
 
-EMPTIED = """Every kernel is emptied, torch's too (`fusedopt.engines.tables.launch`, and torch.optim's `torch._fused_*`
-and `torch._foreach_*`, do nothing), so these are the times of the bookkeeping: CPU time of the thread, in which nothing
-waits. On a GPU come on top: Triton's launcher and copies from pinned memory for fusedopt, the packing of addresses into
-launches for torch."""
+EMPTIED = """Every kernel is emptied, torch's too (`fusedopt.engines.tables.launch`, `fusedopt.engines.threads.run`, and
+torch.optim's `torch._fused_*` and `torch._foreach_*`, do nothing), so these are the times of the bookkeeping: CPU time
+of the thread, in which nothing waits. "fusedopt" keeps books for Triton's kernels: on a GPU come on top its launcher
+and copies from pinned memory, for torch the packing of addresses into launches. "compiled" is what steps on a CPU."""
 REAL = "The steps are real; the device is idle before each, and the time ends when `step()` returns."
 
 
@@ -53,18 +58,24 @@ def _times(result: dict[str, Any]) -> str:
     by_case: dict[tuple[int, int, str], dict[str, dict[str, Any]]] = {}
     for row in result["rows"]:
         by_case.setdefault((row["tensors"], row["groups"], row["change"]), {})[row["contender"]] = row
-    headers = ["tensors", "groups", "changes", *COLORS, "of torch fused's", "kernels"]
+    names = _contenders(result)
+    headers = ["tensors", "groups", "changes", *names, "of torch fused's", "kernels"]
     cells = [
         [
             *case,
-            *(_spread(rows[name]) for name in COLORS),
+            *(_spread(rows[name]) for name in names),
             f"{rows['fusedopt']['median'] / rows['torch fused']['median']:.0%}",
-            ", ".join(str(rows[name]["kernels"]) for name in COLORS),
+            ", ".join(str(rows[name]["kernels"]) for name in names),
         ]
         for case, rows in by_case.items()
     ]
-    alignment = ("right", "right", "left", *["right"] * 5)
+    alignment = ("right", "right", "left", *["right"] * (2 + len(names)))
     return tabulate(cells, headers, "github", disable_numparse=True, colalign=alignment)
+
+
+def _contenders(result: dict[str, Any]) -> list[str]:
+    there = {row["contender"] for row in result["rows"]}
+    return [name for name in COLORS if name in there]
 
 
 def _spread(row: dict[str, Any]) -> str:
@@ -107,13 +118,14 @@ def draw(result: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(8, 5), layout="constrained")
     panel = figure.subplots()
     styles = dict(zip(result["changes"], ("-", "--", ":"), strict=True))
-    for name, color in COLORS.items():
+    names = _contenders(result)
+    for name in names:
         for change, style in styles.items():
             rows = [row for row in result["rows"] if row["groups"] == 1]
             rows = [row for row in rows if (row["contender"], row["change"]) == (name, change)]
             x, y = [row["tensors"] for row in rows], [1e6 * row["median"] for row in rows]
-            panel.loglog(x, y, color=color, linestyle=style, marker="o", markersize=4, linewidth=2)
-    handles = [Line2D([], [], color=color, linewidth=3, label=name) for name, color in COLORS.items()]
+            panel.loglog(x, y, color=COLORS[name], linestyle=style, marker="o", markersize=4, linewidth=2)
+    handles = [Line2D([], [], color=COLORS[name], linewidth=3, label=name) for name in names]
     handles += [
         Line2D([], [], color="0.4", linestyle=style, linewidth=2, label=f"changes: {change}")
         for change, style in styles.items()

@@ -1,4 +1,4 @@
-"""What the kernels are to reach on a GPU, and what a run reached: all against the same run's copy and peers."""
+"""What the kernels are to reach, and what a run reached: all against the same run's copy and peers."""
 
 from __future__ import annotations
 
@@ -7,12 +7,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..steps.compare import COPY
-from ..steps.peers import FOREACH, OURS, PEERS
-from ..steps.shapes import LARGE, THOUSAND
+from ..steps.peers import FOREACH, FUSED, OURS, PEERS
+from ..steps.shapes import GPT2, LARGE, ONE, THIRTY, THOUSAND
 
+# On a GPU.
 SHARE_OF_COPY = 0.95  # of the copy bandwidth, on the large tensor
 SPEEDUPS = {"Adadelta": 3.5, "NAdam": 2.8, "RAdam": 2.8, "Rprop": 4.5}  # against torch foreach, fp32, large tensor
 BEYOND_COPY = 15e-6  # seconds more than the copy for the 1,000 × 1,000 list, fp32
+
+# On a CPU, at most this share of the time of torch's AdamW, of other classes where torch has no fused, and of a copy.
+OF_FUSED = {ONE.name: 1.0, THIRTY.name: 0.6, GPT2.name: 0.7, THOUSAND.name: 0.45, LARGE.name: 1.0}
+OF_FOREACH = {GPT2.name: 0.2, THOUSAND.name: 0.1, LARGE.name: 0.3}
+OF_COPY = {LARGE.name: 1.0}
 
 Rows = dict[str, dict[str, Any]]
 
@@ -31,7 +37,7 @@ def comparisons(rows: Iterable[dict[str, Any]]) -> list[Rows]:
     """The rows of each comparison by contender."""
     found: dict[tuple[Any, ...], Rows] = {}
     for row in rows:
-        key = tuple(row[name] for name in ("case", "shape", "dtype", "gradients", "shrunk"))
+        key = tuple(row[name] for name in ("case", "shape", "dtype", "gradients", "shrunk", "threads"))
         found.setdefault(key, {})[row["contender"]] = row
     return list(found.values())
 
@@ -40,11 +46,16 @@ def title(rows: Rows) -> str:
     """What is compared."""
     row = rows[OURS]
     zero = "" if row["gradients"] == "random" else f", {row['gradients']} gradients"
-    return f"{row['case']}, {shape_of(row)}, {row['dtype']}{zero}"
+    return f"{row['case']}, {shape_of(row)}, {row['dtype']}{zero}{threads_of(row)}"
 
 
 def shape_of(row: dict[str, Any]) -> str:
     return row["shape"] if row["shrunk"] == 1 else f"{row['shape']} ÷ {row['shrunk']}"
+
+
+def threads_of(row: dict[str, Any]) -> str:
+    """Said only of several."""
+    return "" if row["threads"] == 1 else f", {row['threads']} threads"
 
 
 def median(row: dict[str, Any] | None) -> float | None:
@@ -52,8 +63,10 @@ def median(row: dict[str, Any] | None) -> float | None:
 
 
 def aims(result: dict[str, Any]) -> list[Aim]:
-    """Every aim beside what was measured; none where the run was not on a GPU."""
+    """Every aim beside what was measured."""
     steps = [rows for rows in comparisons(result["rows"]["step"]) if COPY in rows and median(rows[OURS]) is not None]
+    if result["device"] == "cpu":
+        return [*_of_fused(steps), *_of_foreach(steps), *_of_copy(steps)]
     return [*_bandwidth(steps), *_speedups(steps), *_beyond_copy(steps), *_not_slower(steps)]
 
 
@@ -93,3 +106,29 @@ def _not_slower(steps: list[Rows]) -> Iterator[Aim]:
             missed = f"{ratio - 1:.1%}" if ratio > 1 else ""
             what = f"time beside the fastest peer's, {fastest}: {title(rows)}"
             yield Aim(what, "≤ 100.0%", f"{ratio:.1%}", missed)
+
+
+def _of_fused(steps: list[Rows]) -> Iterator[Aim]:
+    for rows in steps:
+        if rows[OURS]["optimizer"] == "AdamW" and rows[OURS]["dtype"] == "float32":
+            yield from _share(rows, FUSED, OF_FUSED)
+
+
+def _of_foreach(steps: list[Rows]) -> Iterator[Aim]:
+    for rows in steps:
+        if FUSED in rows and median(rows[FUSED]) is None:
+            yield from _share(rows, FOREACH, OF_FOREACH)
+
+
+def _of_copy(steps: list[Rows]) -> Iterator[Aim]:
+    for rows in steps:
+        yield from _share(rows, COPY, OF_COPY)
+
+
+def _share(rows: Rows, other: str, aims: dict[str, float]) -> Iterator[Aim]:
+    """fusedopt's time as a share of another's, if there is an aim for the shape."""
+    aim, time = aims.get(rows[OURS]["shape"]), median(rows.get(other))
+    if aim is not None and time is not None:
+        share = median(rows[OURS]) / time
+        missed = f"{share - aim:.3f}" if share > aim else ""
+        yield Aim(f"time beside {other}'s: {title(rows)}", f"≤ {aim}", f"{share:.3f}", missed)

@@ -14,7 +14,7 @@ from tests.cases import Case
 
 from ..timing import Spread, Work, interleaved
 from .machine import MAX_TEMPORARIES, Machine
-from .peers import OURS, PEERS, STOCHASTIC, Contender, Groups, UnavailableError, bytes_moved, ours
+from .peers import OURS, PEERS, REFERENCE, STOCHASTIC, Contender, Groups, UnavailableError, bytes_moved, ours
 from .shapes import Shape
 
 COPY = "copy"
@@ -33,11 +33,13 @@ class Setting:
     shape: Shape
     dtype: torch.dtype
     gradients: str = "random"  # or zero: embeddings have such rows, on which roots and divisions are slow
+    threads: int = 1  # of torch on the host, for everybody and the copy
 
     @property
     def id(self) -> str:
         parts = [self.case.id, self.shape.name, str(self.dtype).removeprefix("torch.")]
-        return "-".join(parts + [f"{self.gradients} gradients"] * (self.gradients != "random"))
+        parts += [f"{self.gradients} gradients"] * (self.gradients != "random")
+        return "-".join(parts + [f"{self.threads} threads"] * (self.threads != 1))
 
 
 @dataclass
@@ -53,6 +55,7 @@ class Row:
     elements: int
     dtype: str
     gradients: str
+    threads: int
     contender: str
     error: str | None = None
     time: dict[str, float] | None = None  # of the device
@@ -76,14 +79,17 @@ class Row:
 def step_makers(setting: Setting, machine: Machine) -> Makers:
     """Everybody who can be asked to step, fusedopt first."""
     case = setting.case
-    makers: dict[str, Callable[[Groups], Contender]] = {OURS: lambda groups: ours(case, groups, machine.backend)}
+    makers: dict[str, Callable[[Groups], Contender]] = {
+        OURS: lambda groups: ours(case, groups, machine.backend),
+        REFERENCE: lambda groups: ours(case, groups, "eager"),
+    }
     if setting.dtype == torch.bfloat16:
         makers[STOCHASTIC] = lambda groups: ours(case, groups, machine.backend, rounding="stochastic")
     return makers | {name: partial(make, case) for name, make in PEERS.items()}
 
 
 def compare(setting: Setting, makers: Makers, machine: Machine, check: Callable[[Setting, Params], Check]) -> list[Row]:
-    """A row for each contender, and on a GPU one for the copy.
+    """A row for each contender, and one for the copy.
 
     Args:
         check: asked before anything is stepped for what looks at fusedopt after its first step.
@@ -91,6 +97,7 @@ def compare(setting: Setting, makers: Makers, machine: Machine, check: Callable[
     Raises:
         AssertionError: the first step of fusedopt is wrong, so that its time says nothing.
     """
+    torch.set_num_threads(setting.threads)
     shape = fitted(setting, len(makers), machine)
     groups, params = make_parameters(shape, setting, machine.device)
     common = {
@@ -103,6 +110,7 @@ def compare(setting: Setting, makers: Makers, machine: Machine, check: Callable[
         "elements": shape.elements,
         "dtype": str(setting.dtype).removeprefix("torch."),
         "gradients": setting.gradients,
+        "threads": setting.threads,
     }
     rows = {name: Row(**common, contender=name) for name in makers}
     contenders = {}
@@ -122,8 +130,7 @@ def compare(setting: Setting, makers: Makers, machine: Machine, check: Callable[
             contenders[name] = contender
         if look is not None:
             look(contender)
-    if machine.is_gpu:
-        rows[COPY] = Row(**common, contender=COPY, bytes_moved=bytes_moved(contenders[OURS].optimizer))
+    rows[COPY] = Row(**common, contender=COPY, bytes_moved=bytes_moved(contenders[OURS].optimizer))
     _measure(rows, contenders, machine)
     return list(rows.values())
 
@@ -183,10 +190,10 @@ def make_parameters(shape: Shape, setting: Setting, device: torch.device) -> tup
 def _measure(rows: dict[str, Row], contenders: dict[str, Contender], machine: Machine) -> None:
     """Enter all figures into the rows."""
     works = {name: contender.work for name, contender in contenders.items()}
-    everything = {**works, COPY: Work(machine.copy(rows[COPY].bytes_moved))} if COPY in rows else works
+    everything = {**works, COPY: Work(machine.copy(rows[COPY].bytes_moved))}
     for work in everything.values():
         machine.settle(work)
-    times = interleaved(everything, machine.stopwatch, machine.rounds)
+    times = interleaved(everything, machine.stopwatch, machine.rounds, seconds=machine.seconds)
     for name, samples in times.items():
         rows[name].samples = samples
         rows[name].time = asdict(Spread.of(samples))
@@ -202,5 +209,5 @@ def _measure(rows: dict[str, Row], contenders: dict[str, Contender], machine: Ma
                 contender.prepare()
                 setattr(rows[name], figure, count(contender.step))
     for row in rows.values():
-        if COPY in rows and row.bytes_per_second is not None:
+        if row.bytes_per_second is not None:
             row.share_of_copy = row.bytes_per_second / rows[COPY].bytes_per_second

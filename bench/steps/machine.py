@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +12,7 @@ import torch
 
 from ..timing import Call, EventStopwatch, Stopwatch, Work, host_stopwatch, launches, wait_for
 
-CPU_ELEMENTS = 2**20  # of a shape on the CPU, where the reference steps: enough to tell, and soon done
+CPU_ELEMENTS = 2**25  # of a shape on the CPU: far more than caches hold, and soon done
 COPY_BYTES = 2**30  # of a buffer; larger copies are made of several
 MEMORY_SHARE = 0.8  # of what is free
 MAX_TEMPORARIES = 4  # the size of a parameter, that a peer may take
@@ -27,6 +27,7 @@ class Machine:
     stopwatch: Stopwatch  # of the work on the device
     host_stopwatch: Stopwatch
     rounds: int
+    seconds: float = math.inf  # after which no further rounds begin
     free_bytes: Callable[[], int] | None = None  # None: the shapes are small
     launches: Callable[[Call], int] | None = None
     extra_bytes: Callable[[Call], int] | None = None  # at the peak of a call, beyond what was taken before
@@ -51,7 +52,7 @@ class Machine:
         return int(MEMORY_SHARE * self.free_bytes() - 2 * COPY_BYTES) // bytes_per_element
 
     def copy(self, moved: int) -> Call:
-        """A copy from device to device that reads and writes so many bytes together."""
+        """A copy on the device that reads and writes so many bytes together."""
         left = moved // 2
         n_bytes = min(left, COPY_BYTES)
         source = torch.empty(-(-n_bytes // 8), dtype=torch.int64, device=self.device).random_().view(torch.uint8)
@@ -66,10 +67,10 @@ class Machine:
 
 
 def cpu() -> Machine:
-    """The CPU, where fusedopt runs its reference. One thread does all, and its CPU time is what counts."""
+    """The CPU. Several threads may work: what counts is the time until the last of them is done."""
     device = torch.device("cpu")
-    stopwatch = host_stopwatch(wait_for(device), time.thread_time)
-    return Machine(device, "auto", stopwatch, stopwatch, rounds=5)
+    stopwatch = host_stopwatch(wait_for(device))
+    return Machine(device, "auto", stopwatch, stopwatch, rounds=100, seconds=3)
 
 
 def gpu(

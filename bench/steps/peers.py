@@ -17,6 +17,7 @@ from tests.cases import Case
 from ..timing import Call, Work
 
 OURS = "fusedopt"
+REFERENCE = "fusedopt, reference"
 STOCHASTIC = "fusedopt, stochastic"
 FOREACH, FUSED, COMPILED = "torch foreach", "torch fused", "torch compiled"
 OPTIMI, FLASHOPTIM = "torch-optimi", "flashoptim"

@@ -73,6 +73,8 @@ def small_tensors() -> list[Size]:
     return [(numbers.randint(1, 4096),) for _ in range(5000)]
 
 
+ONE = Shape("1 × 1,000", ((1000,),))
+THIRTY = Shape("30 × 1,000", 30 * ((1000,),))
 LARGE = Shape("one tensor", ((2**28,),))
 GPT2 = Shape("GPT-2 small", tuple(gpt2_small()))
 RESNET50 = Shape("ResNet-50", tuple(resnet50()))
@@ -82,6 +84,8 @@ THOUSAND = Shape("1,000 × 1,000", 1000 * ((1000,),))
 GROUPS = Shape("465 groups", 465 * ((65536,),), groups=465)
 SMALL = Shape("5,000 small", tuple(small_tensors()))
 LISTS = [GPT2, RESNET50, LLAMA, THOUSAND, GROUPS, SMALL]
+# What shrinks here has so few elements that more than memory counts, as in models that a CPU trains.
+GPT2_ON_CPU, GROUPS_ON_CPU = GPT2.shrink(2**20), GROUPS.shrink(2**20)
 
 
 def elements_curve() -> list[Shape]:

@@ -11,8 +11,9 @@ import fusedopt.engines.tables
 from bench.steps import comparisons, machine, peers, pipelines
 from bench.steps.compare import COPY, Setting, compare, fitted, make_parameters, same_step, step_makers
 from bench.steps.comparisons import Comparison, case_of
-from bench.steps.peers import COMPILED, FLASHOPTIM, FOREACH, FUSED, OPTIMI, OURS, STOCHASTIC
-from bench.steps.shapes import Shape
+from bench.steps.peers import COMPILED, FLASHOPTIM, FOREACH, FUSED, OPTIMI, OURS, REFERENCE, STOCHASTIC
+from bench.steps.shapes import GPT2, LARGE, ONE, THIRTY, THOUSAND, Shape
+from bench.timing import LEAST_ROUNDS
 from tests.bench.fake_gpu import fake_machine
 from tests.cases import CASES
 
@@ -113,7 +114,7 @@ def test_shapes_shrink_to_the_memory(device):
     for bytes_for_states, shrunk in ((needed, 1), (needed - 1000, 2), (needed // 8, 8)):
         free = (bytes_for_states + 2 * machine.COPY_BYTES) / machine.MEMORY_SHARE + 100
         assert fitted(setting, 3, fake_machine(device, free)).shrunk == shrunk
-    larger = dataclasses.replace(setting, shape=Shape("larger", ((2**22,),)))
+    larger = dataclasses.replace(setting, shape=Shape("larger", ((2**27,),)))
     assert [fitted(each, 3, machine.cpu()).shrunk for each in (setting, larger)] == [1, 4]
 
 
@@ -144,12 +145,56 @@ def test_a_pipeline_without_clipping_is_not_timed(gpu, monkeypatch):
         Comparison("pipeline", setting, (OURS,)).run(gpu, {OURS})
 
 
+@pytest.fixture
+def two_threads():
+    """What torch takes by itself here."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_on_a_cpu_the_copy_has_its_turn_with_as_many_threads(two_threads, monkeypatch):
+    """The reference, and the rounds that the time suffices for."""
+    told = []
+    copy = machine.Machine.copy
+    monkeypatch.setattr(
+        machine.Machine, "copy", lambda self, moved: told.append(torch.get_num_threads()) or copy(self, moved)
+    )
+    cpu = dataclasses.replace(machine.cpu(), seconds=0)
+    wanted = {OURS, REFERENCE, FOREACH, COPY}
+    for threads in (1, 2):
+        setting = Setting(case_of("AdamW"), SHAPE, FP32, threads=threads)
+        rows = {row.contender: row for row in Comparison("step", setting, tuple(wanted)).run(cpu, wanted)}
+        assert rows.keys() == wanted
+        assert {row.threads for row in rows.values()} == {threads}
+        assert {len(row.samples) for row in rows.values()} == {LEAST_ROUNDS}
+        assert all(row.share_of_copy > 0 for row in rows.values())
+    assert told == [1, 2]
+
+
+def test_what_a_cpu_steps(two_threads):
+    """All with one thread, then with two; every class as one tensor and in lists; torch.compile where it ends."""
+    found = [each for make in (comparisons.steps, comparisons.pipelines, comparisons.scale) for each in make(gpu=False)]
+    one, two = ([each.id for each in found if each.setting.threads == threads] for threads in (1, 2))
+    assert two == [f"{name}-2 threads" for name in one]
+    steps = [each for each in comparisons.steps(gpu=False) if each.setting.threads == 1]
+    classes = {case.optimizer for case in CASES}
+    for shape in (LARGE, GPT2, THOUSAND):
+        assert {step.setting.case.optimizer for step in steps if step.setting.shape.name == shape.name} == classes
+    assert {step.setting.shape for step in steps if COMPILED in step.contenders} == {ONE, THIRTY, LARGE}
+    stochastic = {step.setting.shape.name for step in steps if STOCHASTIC in step.contenders}
+    assert stochastic == {GPT2.name, THOUSAND.name, LARGE.name}
+    assert all(REFERENCE in step.contenders for step in steps)
+
+
 @pytest.mark.parametrize("gpu", [False, True])
 def test_lists_of_comparisons(gpu):
     for make in (comparisons.steps, comparisons.pipelines, comparisons.scale):
         found = make(gpu=gpu)
         assert len({each.id for each in found}) == len(found)
-        assert all((COPY in each.contenders) == gpu for each in found)
+        assert all(COPY in each.contenders for each in found)
+        assert not gpu or {each.setting.threads for each in found} == {1}
         assert all(set(each.contenders) <= set(comparisons.CONTENDERS) for each in found)
     optimizers = {each.setting.case.optimizer for each in comparisons.steps(gpu=gpu)}
     assert optimizers == {case.optimizer for case in CASES}

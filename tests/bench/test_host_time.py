@@ -7,7 +7,9 @@ import pytest
 import torch
 
 import fusedopt.engines.tables
+import fusedopt.engines.threads
 from bench.host_time import cli as host_time
+from fusedopt.engines.choice import numba_is_installed
 from tests.conftest import DEVICE
 
 
@@ -25,17 +27,18 @@ def test_contenders_step_and_change(change, device):
                 moved = [param.grad.data_ptr() for param in contender.params]
                 assert all((a != b) == ("gradients" in change) for a, b in zip(addresses, moved, strict=True))
                 kernels = host_time.count(work.run, calls)
-                assert kernels == 2 if who == host_time.OURS else kernels >= 2 * 3
+                assert kernels == 2 if who in (host_time.OURS, host_time.ON_CPU) else kernels >= 2 * 3
             lrs = {group["lr"] for group in contender.optimizer.param_groups}
             assert lrs == {1e-3 * 0.999**2} if "lr" in change else lrs == {1e-3}
             assert all(map(torch.equal, before, contender.params))
 
 
 def test_what_was_emptied_is_back():
-    launch = fusedopt.engines.tables.launch
+    launch, run = fusedopt.engines.tables.launch, fusedopt.engines.threads.run
     with host_time.emptied_kernels():
         assert fusedopt.engines.tables.launch is not launch
-    assert fusedopt.engines.tables.launch is launch
+        assert fusedopt.engines.threads.run is not run
+    assert (fusedopt.engines.tables.launch, fusedopt.engines.threads.run) == (launch, run)
     assert sys.modules["torch.optim.adam"].torch is torch
 
 
@@ -57,7 +60,9 @@ def test_result_table_and_figure(small, capsys, tmp_path):
     result = json.loads(path.read_text())
     assert result["kernels"] == ("emptied" if DEVICE == "cpu" else "real")
     assert {"command", "commit", "cpu", "cores", "date", "torch", "triton"} <= result.keys()
-    assert len(result["rows"]) == 3 * 3 * 3
+    contenders = host_time.makers("AdamW", torch.device(DEVICE))
+    assert len(result["rows"]) == 3 * 3 * len(contenders)
+    assert (host_time.ON_CPU in contenders) == (DEVICE == "cpu" and numba_is_installed())
     assert all(0 < row["lowest"] <= row["median"] <= row["p90"] for row in result["rows"])
     functions = [each["function"] for each in result["profiles"]["2 tensors, 1 group"]["nothing"]]
     assert any(name.startswith("fusedopt.plan.") for name in functions)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench.timing import EventStopwatch, Spread, Work, host_stopwatch, interleaved
+from bench.timing import LEAST_ROUNDS, EventStopwatch, Spread, Work, host_stopwatch, interleaved
 from tests.bench.fake_gpu import FakeGpu
 
 
@@ -44,6 +44,15 @@ def test_works_have_turns_and_only_they_are_timed():
     times = interleaved(works, host_stopwatch(clock.wait, clock), rounds=2, repeats=2)
     assert clock.log == list("aaabbb" + "bbbaaa")
     assert times == {"a": [1, 2, 3, 4], "b": [10, 20, 30, 40]}
+
+
+@pytest.mark.parametrize(("seconds", "rounds"), [(0, LEAST_ROUNDS), (3600, 2 * LEAST_ROUNDS)])
+def test_no_round_begins_when_the_time_is_over(seconds, rounds):
+    """But for some, which a median needs."""
+    clock = FakeClock()
+    works = {"a": clock.work("a", *range(1000)), "b": clock.work("b", *range(1000))}
+    times = interleaved(works, host_stopwatch(clock.wait, clock), 2 * LEAST_ROUNDS, seconds=seconds)
+    assert [len(samples) for samples in times.values()] == [rounds, rounds]
 
 
 @pytest.fixture
