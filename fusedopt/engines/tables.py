@@ -58,21 +58,21 @@ class TritonKernels:
 
     def prepare(self, **constants: Any) -> Kernel:
         """`prepare`."""
-        from ..kernels.multi_tensor import prepare
+        from ..kernels import multi_tensor
 
-        return self._kernel(prepare, BLOCK_SIZE=PREPARE_BLOCK_SIZE, **constants)
+        return self._kernel(multi_tensor.prepare, BLOCK_SIZE=PREPARE_BLOCK_SIZE, **constants)
 
     def update(self, signature: Signature, **constants: Any) -> Kernel:
         """`update` for one signature."""
-        from ..kernels.multi_tensor import update
+        from ..kernels import multi_tensor
 
-        return self._kernel(update, **signature.constants, **constants)
+        return self._kernel(multi_tensor.update, **signature.constants, **constants)
 
     def sum_squares(self, grad: torch.dtype) -> Kernel:
         """`sum_squares` for gradients of this dtype."""
-        from ..kernels.gate import sum_squares
+        from ..kernels import gate
 
-        return self._kernel(sum_squares, **squares_constants(grad))
+        return self._kernel(gate.sum_squares, **squares_constants(grad))
 
     def argument(self, tensor: Tensor) -> Tensor:
         """What stands for a tensor that stays where it is."""

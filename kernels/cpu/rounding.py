@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .memory import from_bits, nearest, static_range, store, to_bits, where
+from .memory import from_bits, nearest, store, to_bits, where
 
 TILE = 1024  # elements whose random numbers are on the stack at once
 
@@ -27,7 +27,7 @@ def random_bits(address, draw, stream, count):
     for i in range((count + 7) // 8):
         key0, key1 = np.uint32(seed), np.uint32(seed >> 32)
         a, b, c, d = np.uint32(group + i), np.uint32(tensor), np.uint32(step), np.uint32(stream)
-        for _ in static_range(10):
+        for _ in range(10):
             of_a, of_c = np.uint64(a) * np.uint64(0xD2511F53), np.uint64(c) * np.uint64(0xCD9E8D57)
             a, b = np.uint32(of_c >> np.uint64(32)) ^ b ^ key0, np.uint32(of_c)
             c, d = np.uint32(of_a >> np.uint64(32)) ^ d ^ key1, np.uint32(of_a)

@@ -247,5 +247,5 @@ def test_the_counter_comes_before_the_capture(graph):
 
 def test_the_reference_is_not_captured(graph):
     optimizer = stepped(fusedopt.AdamW(parameters(), capturable=True))
-    with graph, pytest.raises(RuntimeError, match="where the kernels run"):
+    with graph, pytest.raises(RuntimeError, match="where Triton's kernels step"):
         optimizer.step()

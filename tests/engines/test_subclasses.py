@@ -94,7 +94,8 @@ def test_a_step_with_low_precision_is_that_of_a_plain_tensor(name, mode):
         with pytest.raises(RuntimeError, match="it is a Held"):
             trained(lambda params: make(name, params, **mode.options), params[0])
         return
-    held, plain = (trained(lambda params: make(name, params, **mode.options), param) for param in params)
+    options = {"backend": "eager", **mode.options}
+    held, plain = (trained(lambda params: make(name, params, **options), param) for param in params)
     assert torch.equal(params[0].detach().held * 2, params[1].detach())
     states, expected = (dict(*optimizer.state.values()) for optimizer in (held, plain))
     assert states.keys() == expected.keys()
@@ -109,5 +110,5 @@ def test_a_parameter_of_another_kind_beside_it():
         torch.nn.functional.linear(params[1].detach(), params[0]).square().sum().backward()
         params[1].grad = params[0].grad.clone()
         optimizer.step()
-    assert torch.equal(params[0].detach().whole(), params[1].detach())
+    torch.testing.assert_close(params[0].detach().whole(), params[1].detach())
     assert not params[0].held.is_inference()

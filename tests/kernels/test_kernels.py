@@ -26,7 +26,7 @@ from tests.rules.test_reference import (
     store,
 )
 from tests.tolerance import assert_close
-from tests.twins import ENGINES, KERNEL_ENGINES
+from tests.twins import ENGINES, KERNEL_ENGINES, KERNELS
 
 pytest.importorskip("triton")
 import fusedopt.engines.tables
@@ -102,32 +102,29 @@ def test_follows_the_oracle(backend, case, dtypes, device, seed):
 
 
 @seeded
-@pytest.mark.parametrize("backend", KERNEL_ENGINES)
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=name_of)
 @pytest.mark.parametrize("case", CASES, ids=name_of)
-def test_layouts(backend, case, dtype, device, seed):
+def test_layouts(case, dtype, device, seed):
     noises = Noise(seed, dtype, device), Noise(seed + 1, dtype, device)
-    follow_layouts(case, layouts_for(dtype), backend, *noises, steps=2)
+    follow_layouts(case, layouts_for(dtype), KERNELS, *noises, steps=2)
 
 
 @seeded
-@pytest.mark.parametrize("backend", KERNEL_ENGINES)
 @pytest.mark.parametrize(("dtype", "grad_dtype"), [(FP64, FP64), (FP32, FP64), (BF16, FP32)], ids=name_of)
-def test_layouts_of_other_dtypes(backend, dtype, grad_dtype, device, seed):
+def test_layouts_of_other_dtypes(dtype, grad_dtype, device, seed):
     case = Case("AdamW", {"amsgrad": True})
     noises = Noise(seed, dtype, device), Noise(seed + 1, grad_dtype, device)
-    follow_layouts(case, layouts_for(dtype, grad_dtype), backend, *noises, steps=2)
+    follow_layouts(case, layouts_for(dtype, grad_dtype), KERNELS, *noises, steps=2)
 
 
 @seeded
-@pytest.mark.parametrize("backend", KERNEL_ENGINES)
 @pytest.mark.parametrize("dtype", [FP64, FP32, BF16, FP16], ids=name_of)
 @pytest.mark.parametrize("case", CASES, ids=name_of)
-def test_equals_the_reference(backend, case, dtype, device, seed):
+def test_equals_the_reference(case, dtype, device, seed):
     noise = Noise(seed, dtype, device)
     param = torch.nn.Parameter(noise(3000))
     twin = torch.nn.Parameter(param.detach().clone())
-    kernels, reference = case.make([param], backend=backend), case.make([twin], backend="eager")
+    kernels, reference = case.make([param], backend=KERNELS), case.make([twin], backend="eager")
     for step in range(1, 4):
         param.grad = noise(3000)
         twin.grad = param.grad.clone()
@@ -274,15 +271,14 @@ SEQUENTIAL_CASES = [case for case in TORCH_CASES if not case.options.get("moment
 
 
 @seeded
-@pytest.mark.parametrize("backend", KERNEL_ENGINES)
 @pytest.mark.usefixtures("fp64_scalars")
 @pytest.mark.parametrize("case", SEQUENTIAL_CASES, ids=name_of)
-def test_duplicates_step_one_after_the_other(backend, case, device, seed):
+def test_duplicates_step_one_after_the_other(case, device, seed):
     noise = Noise(seed, FP64, device)
     param, other = torch.nn.Parameter(noise(40)), torch.nn.Parameter(noise(7))
     twin, other_twin = copy.deepcopy(param), copy.deepcopy(other)
     with pytest.warns(UserWarning, match="duplicate parameters"):
-        ours, torchs = case.make([param, other, param], backend=backend), case.make_torch([twin, other_twin, twin])
+        ours, torchs = case.make([param, other, param], backend=KERNELS), case.make_torch([twin, other_twin, twin])
     for step in range(1, 4):
         for mine, torch_s in ((param, twin), (other, other_twin)):
             mine.grad = noise(*mine.shape)

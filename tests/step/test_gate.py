@@ -293,7 +293,7 @@ def test_sgd_begins_its_buffer_at_the_first_step_that_is_taken(backend, options)
     assert all(state == {} for state in saved["state"].values())
     theirs = torch.optim.SGD(make_params(), lr=0.1, foreach=False, **options)
     theirs.load_state_dict(copy.deepcopy(saved))
-    (other,) = {*ENGINES} - {backend}
+    other = next(engine for engine in ENGINES if engine != backend)
     loaded = fusedopt.SGD(make_params(), lr=0.1, backend=other, **options)
     loaded.load_state_dict(saved)
     for optimizer in (ours, loaded, copy.deepcopy(ours), theirs):
