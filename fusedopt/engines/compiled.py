@@ -143,7 +143,10 @@ def _tell(seconds: float, is_kept: bool) -> None:
     global _seconds
     before, _seconds = _seconds, _seconds + seconds
     if before < 1 <= _seconds:
-        where = (
-            f"kept in {code_cache.folder()}" if is_kept else f"not kept: {code_cache.VARIABLE} names no folder for it"
+        where = f"They are kept in {code_cache.folder()} for later processes."
+        nowhere = f"They are not kept: set {code_cache.VARIABLE} to a folder that can be written."
+        _log.warning(
+            "fusedopt has spent %.1f s on compiling optimizer steps for this CPU. %s",
+            _seconds,
+            where if is_kept else nowhere,
         )
-        _log.warning("compiling optimizer steps for this CPU has taken %.1f s so far; they are %s", _seconds, where)
