@@ -24,7 +24,7 @@ from .engines.reference import ReferenceStep
 from .options import option, takes_all_gradients
 from .protocol import Begun, OptimizerLike
 from .step import graphs, layout
-from .step.dry import is_dry
+from .step.dry import is_dry, is_simulating
 from .step.entry import Entry, check, check_states, entries_of, is_plain, is_ready, param_name, settle_states
 from .step.gate import Gate
 from .step.hyper import Hyper, tuple_getter
@@ -105,6 +105,7 @@ class Plan:
         # Where the host decides it waits anyway; that is so on all ranks or on none.
         self._compares_ranks = DEBUG or not any(entry.engine == "triton" for entry in everything)
         self._is_dry = is_dry(opened(params)[0])
+        self._is_simulating = is_simulating()
         live = self.read(optimizer, params, grads)
         self._specs = live.specs
         # Sparse states and fake tensors have no address: with one of them every step makes a new plan.
@@ -172,6 +173,7 @@ class Plan:
         params = list(chain.from_iterable(lists))
         if (
             not self._watchable
+            or is_simulating() != self._is_simulating
             or optimizer.backend != self._backend
             or list(map(len, lists)) != self._group_sizes
             or list(map(id, chain(params, optimizer.state))) != self._ids

@@ -74,6 +74,7 @@ class Stepper:
         if not groups:
             return
         hyper = self._hyper = self._hyper or Hyper(optimizer)
+        n_states = len(optimizer.state)
         capturing = graphs.is_capturing()
         if capturing:
             self._check_capture(optimizer)
@@ -84,9 +85,17 @@ class Stepper:
             gate = Gate(hyper, told.get("grad_scale"), told.get("found_inf"))
             if gate.may_skip and not self.may_skip:
                 self.may_skip, self.plan = True, None
-            plan, live = self._planned(optimizer, hyper, changed, gate)
+            plan, live = self._planned(optimizer, hyper, changed)
+            try:
+                plan.compile(gate.grad_scale is not None, gate.reads_gradients)
+            except CompileError as why:
+                refuse(optimizer, why)
+                self.plan = None
+                plan, live = self._planned(optimizer, hyper, changed)
         except Exception:
             self.forget()  # whatever was new to this step is new to the next one too
+            for param in list(optimizer.state)[n_states:]:
+                del optimizer.state[param]
             raise
         self.plan = plan
         if capturing:  # the graph's from now on: what it has uploaded is there only when it is replayed
@@ -126,7 +135,7 @@ class Stepper:
         if self.engines(optimizer) != {"triton"}:
             raise RuntimeError("a step can be captured in a CUDA graph where Triton's kernels step all parameters only")
 
-    def _planned(self, optimizer: OptimizerLike, hyper: Hyper, changed: set[str], gate: Gate) -> tuple[Plan, Live]:
+    def _planned(self, optimizer: OptimizerLike, hyper: Hyper, changed: set[str]) -> tuple[Plan, Live]:
         """The last plan if it still holds, else a new one, and the tensors of this step."""
         plan = self.plan
         # A scheduler changes the learning rate of all groups at every step, and no state depends on it.
@@ -139,21 +148,10 @@ class Stepper:
             return plan, live
         grads = _local_grads(optimizer) if grads is None else grads
         with torch.no_grad():
-            fresh = self._compiled(optimizer, hyper, grads, gate)
+            fresh = Plan(optimizer, hyper, self.plan, grads, (self._whole or self).begun)
         if plan is not None and live is not None and not plan.describes_the_same(fresh):
             raise RuntimeError("FUSEDOPT_DEBUG: something moved since the last step and was not noticed")
         return fresh, fresh.read(optimizer, all_params(optimizer), grads)
-
-    def _compiled(self, optimizer: OptimizerLike, hyper: Hyper, grads: Sequence[Tensor | None], gate: Gate) -> Plan:
-        """A new plan, whose kernels can be launched."""
-        make = partial(Plan, optimizer, hyper, self.plan, grads, (self._whole or self).begun)
-        plan = make()
-        try:
-            plan.compile(gate.grad_scale is not None, gate.reads_gradients)
-        except CompileError as why:
-            refuse(optimizer, why)
-            plan = make()
-        return plan
 
 
 def _local_grads(optimizer: OptimizerLike) -> list[Tensor | None]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..protocol import Group, OptimizerLike
+from ..step import dry
 from ..step.entry import Entry, state_of
 from ..step.layout import has_own_memory
 from ..step.sharding import local
@@ -30,6 +31,8 @@ def engine(optimizer: OptimizerLike, group: Group, param: Tensor) -> str:
         return "eager"
     if optimizer.backend != "auto":
         return optimizer.backend
+    if dry.is_simulating():
+        return "eager"
     if why_not_triton(param) is None:
         return "triton"
     if why_not_compiled(param) is None and type(optimizer) not in _refused:
@@ -41,6 +44,8 @@ def refuse(optimizer: OptimizerLike, why: Exception) -> None:
     """Leave an optimizer to the reference from now on, where "auto" would have compiled it; raise for who insists."""
     if optimizer.backend != "auto":
         raise why
+    if type(optimizer) in _refused:
+        return
     _refused.add(type(optimizer))
     warnings.warn(
         f"{type(optimizer).__name__} cannot be compiled for the CPU, and is stepped by its reference there: {why}",
@@ -102,6 +107,8 @@ def check_reach(backend: str, name: str, param: Tensor, grad: Tensor) -> None:
     why = why_not(backend, param)
     if why is not None:
         raise RuntimeError(f"backend={backend!r} cannot step {name}: {why}")
+    if dry.is_simulating():
+        raise RuntimeError(f"backend={backend!r} cannot step {name} in FakeTensorMode, where states have no memory")
     param = local(param)
     if param.numel() and not (param.data_ptr() and grad.data_ptr()):
         raise RuntimeError(f"{name} or its gradient has no memory that a kernel can reach")
@@ -132,7 +139,10 @@ def triton_is_installed() -> bool:
 @cache
 def numba_is_installed() -> bool:
     """Whether there is what compiles kernels for the CPU. Does not import it, which takes a while."""
-    return find_spec("numba") is not None and find_spec("llvmlite") is not None
+    try:
+        return find_spec("numba") is not None and find_spec("llvmlite") is not None
+    except Exception:  # something else has been put in its place
+        return False
 
 
 @cache

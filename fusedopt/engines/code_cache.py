@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import os
 import sys
 import tempfile
@@ -17,13 +16,14 @@ Code = tuple[str, bytes]  # the symbol of a function, and object code that has i
 
 VARIABLE = "FUSEDOPT_CACHE_DIR"
 NUMBERS = (bool, int, float, str, type(None))
+LIBRARIES = ("builtins", "math", "numpy", "triton")  # whose objects are what their names say
 
 
 def folder() -> Path | None:
     """Where the code is kept; None if ``FUSEDOPT_CACHE_DIR`` is empty, or if there is no home."""
     told = os.environ.get(VARIABLE)
     if told is not None:
-        return Path(told) if told else None
+        return Path(told).expanduser() if told else None
     try:
         parents = {"win32": Path("AppData/Local"), "darwin": Path("Library/Caches")}
         default = Path.home() / parents.get(sys.platform, Path(".cache"))
@@ -63,16 +63,25 @@ def write(key: str, code: Code) -> bool:
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path, suffix=".tmp", delete=False) as file:
-            file.write(hashlib.sha256(content).digest() + content)
-        os.replace(file.name, path / f"{key}.o")
+            try:
+                file.write(hashlib.sha256(content).digest() + content)
+                file.close()
+                os.replace(file.name, path / f"{key}.o")
+            except BaseException:
+                os.unlink(file.name)
+                raise
     except OSError:
         return False
     return True
 
 
 def _identity(value: Any) -> Any:
-    """What a value is in any process: a function by its source and all that this uses."""
-    from ..kernels.cpu.source import used
+    """What a value is in any process: a function by its source and all that this uses.
+
+    Raises:
+        TypeError: nobody can tell.
+    """
+    from ..kernels.cpu.source import text, used
 
     value = getattr(value, "fn", value)
     if type(value).__name__ == "constexpr":
@@ -85,12 +94,13 @@ def _identity(value: Any) -> Any:
         return [(key, _identity(item)) for key, item in value.items()]
     if isinstance(value, ModuleType):
         return value.__name__
-    if isinstance(value, FunctionType) and not value.__module__.startswith("triton."):
-        return inspect.getsource(value), [(name, _identity(item)) for name, item in used(value).items()]
-    try:
-        return value.__module__, value.__qualname__
-    except AttributeError:
-        raise TypeError(f"it uses {value!r}, of which nobody can tell whether it has changed") from None
+    module = str(getattr(value, "__module__", "")).partition(".")[0]
+    if isinstance(value, FunctionType) and module != "triton":
+        defaults = _identity((value.__defaults__, value.__kwdefaults__))
+        return text(value)[0], defaults, [(name, _identity(item)) for name, item in used(value).items()]
+    if module in LIBRARIES and hasattr(value, "__qualname__"):
+        return module, value.__qualname__
+    raise TypeError(f"it uses {value!r}, of which nobody can tell whether it has changed")
 
 
 @cache
@@ -102,4 +112,5 @@ def _surroundings() -> str:
     here = Path(cpu.__file__).parent
     sources = [path.read_bytes() for path in (*sorted(here.parent.glob("*.py")), *sorted(here.glob("*.py")))]
     processor = llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
-    return repr((sys.version_info[:2], version("numba"), version("llvmlite"), processor, sources))
+    settings = sorted((name, value) for name, value in os.environ.items() if name.startswith("NUMBA_"))
+    return repr((sys.version_info[:2], version("numba"), version("llvmlite"), settings, processor, sources))

@@ -80,7 +80,10 @@ def _plain(value: Any) -> Any:
 def _kernel(name: str, constants: tuple[tuple[str, Any], ...]) -> Kernel:
     from ..kernels.cpu import TAKEN
 
-    address = _linked(*_compiled(name, dict(constants)))
+    try:
+        address = _address(name, dict(constants))
+    except Exception as error:  # of Python's, numba's or LLVM's
+        raise CompileError(_reason(error)) from error
     function = _Function(address)
     table = ctypes.c_int64 * (TAKEN + 1)
 
@@ -92,21 +95,23 @@ def _kernel(name: str, constants: tuple[tuple[str, Any], ...]) -> Kernel:
     return launch
 
 
-def _compiled(name: str, constants: dict[str, Any]) -> code_cache.Code:
-    """The object code of a kernel: from the disk, or compiled now and kept there."""
-    try:
-        key = code_cache.key_of(name, constants)
-        code = code_cache.read(key)
-        if code is None:
-            begin = time.perf_counter()
-            from ..kernels.cpu.build import object_code
+def _address(name: str, constants: dict[str, Any]) -> int:
+    """Where the machine code of a kernel is: from the disk, or compiled now and kept there."""
+    key = code_cache.key_of(name, constants)
+    code = code_cache.read(key)
+    if code is not None:
+        try:
+            return _linked(*code)
+        except RuntimeError:
+            pass  # of a file that is whole, but no use here
+    begin = time.perf_counter()
+    from ..kernels.cpu.build import object_code
 
-            code = object_code(name, constants)
-            is_kept = code_cache.write(key, code)
-            _tell(time.perf_counter() - begin, is_kept)
-    except Exception as error:  # of Python's, numba's or LLVM's
-        raise CompileError(_reason(error)) from error
-    return code
+    code = object_code(name, constants)
+    address = _linked(*code)
+    is_kept = code_cache.write(key, code)
+    _tell(time.perf_counter() - begin, is_kept)
+    return address
 
 
 def _reason(error: Exception) -> str:
@@ -120,11 +125,8 @@ def _linked(symbol: str, code: bytes) -> int:
     """The address of a function in object code. A symbol that is nowhere in this process is an error, not its end."""
     import llvmlite.binding as llvm
 
-    try:
-        builder = llvm.JITLibraryBuilder().add_object_img(code).export_symbol(symbol).add_current_process()
-        library = builder.link(_linker(), f"fusedopt {next(_numbers)}")
-    except RuntimeError as error:
-        raise CompileError(str(error)) from error
+    builder = llvm.JITLibraryBuilder().add_object_img(code).export_symbol(symbol).add_current_process()
+    library = builder.link(_linker(), f"fusedopt {next(_numbers)}")
     _libraries.append(library)
     return int(library[symbol])
 

@@ -4,14 +4,23 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 
 def is_dry(params: Sequence[Tensor]) -> bool:
     """Whether no parameter has values. One that has some makes a step real, which asks for those of all."""
     return bool(params) and all(param.is_meta or isinstance(param, FakeTensor) for param in params)
+
+
+def is_simulating() -> bool:
+    """Whether operations make fake tensors of real ones."""
+    return torch._C._len_torch_dispatch_stack() > 0 and any(
+        isinstance(mode, FakeTensorMode) for mode in _get_current_dispatch_mode_stack()
+    )
 
 
 def item(number: Tensor) -> float:

@@ -16,7 +16,7 @@ def object_code(name, constants):
     It gets the address of int64: the number of programs, then the arguments.
     """
     compute = getattr(np, constants.get("COMPUTE", "float64"))
-    kernel = specialize(KERNELS[name], tuple({**constants, "COMPUTE": compute}.items()), compute)
+    kernel = specialize(KERNELS[name], {**constants, "COMPUTE": compute}, compute, {})
     taken = 8 * TAKEN
 
     def run(args):

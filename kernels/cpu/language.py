@@ -74,6 +74,7 @@ def _shape(x):
 
 
 @overload_method(types.Float, "to")
+@overload_method(types.Boolean, "to")
 def _to(x, dtype):
     return lambda x, dtype: dtype(x)
 
@@ -87,7 +88,7 @@ LANGUAGE = _Language(
     **{function.__name__: function for function in (maximum, minimum, clamp, full, fma, rsqrt, sigmoid)},
     where=where, zeros_like=zeros_like, static_range=static_range, static_assert=static_assert,
     range=range, PropagateNan=SimpleNamespace(NONE=False, ALL=True),
-    float32=np.float32, float64=np.float64, int32=np.int32, int64=np.int64,
+    float32=np.float32, float64=np.float64,
     abs=np.abs, sqrt=np.sqrt, sqrt_rn=np.sqrt, div_rn=div, floor=np.floor, ceil=np.ceil,
     exp=np.exp, exp2=np.exp2, log=np.log, log2=np.log2, sin=np.sin, cos=np.cos, tanh=np.tanh,
 )  # fmt: skip

@@ -3,16 +3,24 @@
 import ast
 import inspect
 import textwrap
+from functools import cache
 from types import ModuleType
+
+
+@cache
+def text(function):
+    """The source of a function, and the first line of it in its file. A later change of the file changes nothing."""
+    lines, first = inspect.getsourcelines(function)
+    source = textwrap.dedent("".join(lines))
+    if [getattr(node, "name", None) for node in ast.parse(source).body] != [function.__name__]:
+        raise OSError(f"the file of {function.__name__} has changed since it was imported")
+    return source, first
 
 
 def definition(function):
     """The syntax tree of a function, with the lines of its file."""
-    source, line = inspect.getsourcelines(function)
-    (tree,) = ast.parse(textwrap.dedent("".join(source))).body
-    if getattr(tree, "name", None) != function.__name__:
-        raise OSError(f"the source of {function.__name__} has changed since it was imported")
-    return ast.increment_lineno(tree, line - 1)
+    source, first = text(function)
+    return ast.increment_lineno(ast.parse(source).body[0], first - 1)
 
 
 def used(function):
@@ -33,8 +41,8 @@ def used(function):
     return dict(sorted(found.items()))
 
 
-def is_constant(parameter):
-    """Whether a parameter is put in when the function is compiled: a name in capitals, or annotated as constexpr."""
-    return parameter.arg.isupper() or (
-        parameter.annotation is not None and "constexpr" in ast.unparse(parameter.annotation)
-    )
+def is_constant(parameter, function):
+    """Whether a parameter is put in when a function is compiled: annotated as constexpr, here also in capitals."""
+    is_own = function.__module__.startswith(__package__)
+    annotation = "" if parameter.annotation is None else ast.unparse(parameter.annotation)
+    return "constexpr" in annotation or (is_own and parameter.arg.isupper())

@@ -3,7 +3,6 @@
 import ast
 import copy
 import inspect
-from functools import cache
 from types import FunctionType, ModuleType
 
 from numba import njit
@@ -14,32 +13,33 @@ from .source import definition, is_constant, used
 
 PACKAGE = __package__
 OPTIONS = {"error_model": "numpy", "no_cpython_wrapper": True, "forceinline": True}
+BUILTINS = {"len": len, "range": range}
 VALUES = (bool, int, float, str, tuple, type(None))
 
 
-@cache
-def specialize(function, constants, compute):
+def specialize(function, constants, compute, done):
     """A function as numba compiles it, with only those of its parameters that are no constants.
 
     Args:
         function: a plain one, whose source can be read.
-        constants: pairs of a name and a value. Functions among them are called by their names.
+        constants: values by their names. Functions among them are called by their names.
         compute: the dtype of the arithmetic, in numpy. Triton's functions have no other numbers: what they write down
             takes this dtype, or `2.0 * x` would be float64.
+        done: functions that have been specialized for the same kernel.
     """
     tree = definition(function)
     names = {name: meaning(value) for name, value in used(function).items() if "." not in name}
     parameters = tree.args.args
     for parameter in parameters:
         names.pop(parameter.arg, None)
-    names |= {name: meaning(value) for name, value in constants} | {"COMPUTE": compute}
+    names |= {name: meaning(value) for name, value in constants.items()} | {"COMPUTE": compute}
     # What is assigned somewhere is not the global of that name.
     assigned = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     known = {name: value for name, value in names.items() if name not in assigned}
     weak = function.__module__ == language.__name__ or not function.__module__.startswith(PACKAGE)
-    tree.body = _Specializer(known, names, compute, weak).statements(tree.body)
+    tree.body = _Specializer(known, names, compute, weak, done).statements(tree.body)
     tree.decorator_list, tree.returns = [], None
-    tree.args.args = [parameter for parameter in parameters if not is_constant(parameter)]
+    tree.args.args = [parameter for parameter in parameters if not is_constant(parameter, function)]
     tree.args.defaults = []
     for parameter in tree.args.args:
         parameter.annotation = None
@@ -66,11 +66,12 @@ def meaning(value):
 class _Specializer(ast.NodeTransformer):
     """Does what Triton does with constexpr: puts values in, unrolls `static_range`, takes the branch that is known."""
 
-    def __init__(self, known, names, compute, weak):
+    def __init__(self, known, names, compute, weak, done):
         self._known = known  # values by their names
         self._names = names  # of the function that is made
         self._compute = compute
         self._weak = weak  # whether numbers take the dtype of the arithmetic
+        self._done = done
 
     def statements(self, nodes):
         """These statements, specialized."""
@@ -108,11 +109,26 @@ class _Specializer(ast.NodeTransformer):
             return self.visit(ast.copy_location(ast.BinOp(ast.Constant(0.0), ast.Sub(), node.operand), node))
         return self.generic_visit(node)
 
+    def visit_BinOp(self, node):
+        """Refuse what means something else in Python than in Triton."""
+        if self._weak and isinstance(node.op, ast.Mod | ast.FloorDiv):
+            raise NotImplementedError(f"{ast.unparse(node)!r} rounds otherwise on a CPU")
+        return self.generic_visit(node)
+
+    def visit_Assign(self, node):
+        """What is assigned is not known any more."""
+        node = self.generic_visit(node)
+        for target in node.targets:
+            for part in ast.walk(target):
+                if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store):
+                    self._known.pop(part.id, None)
+        return node
+
     def visit_AugAssign(self, node):
         """Numba adds no tuple in place."""
         target = ast.Name(node.target.id, ast.Load())
         assign = ast.Assign([node.target], ast.copy_location(ast.BinOp(target, node.op, node.value), node))
-        return self.generic_visit(ast.copy_location(assign, node))
+        return self.visit(ast.copy_location(assign, node))
 
     def visit_AnnAssign(self, node):
         """The value of a `tl.constexpr` is put in below."""
@@ -138,8 +154,11 @@ class _Specializer(ast.NodeTransformer):
         return self.visit(node.body if test else node.orelse) if is_known else self.generic_visit(node)
 
     def visit_For(self, node):
-        """Unroll a `static_range`."""
-        if isinstance(node.iter, ast.Call) and self._evaluated(node.iter.func) == (True, static_range):
+        """Unroll a `static_range`, and every range of Triton's, whose numbers would be integers."""
+        function = self._evaluated(node.iter.func)[1] if isinstance(node.iter, ast.Call) else None
+        if self._weak or function is static_range:
+            if function not in (static_range, range):
+                raise NotImplementedError(f"a loop over {ast.unparse(node.iter)!r} is not known on a CPU")
             lines = []
             for i in range(*map(self._constant, node.iter.args)):
                 self._known[node.target.id] = i
@@ -161,12 +180,12 @@ class _Specializer(ast.NodeTransformer):
     def _evaluated(self, node):
         """(whether the value of an expression is known, the value)."""
         for part in ast.walk(node):
-            if isinstance(part, ast.Name) and part.id not in self._known and part.id != "len":
+            if isinstance(part, ast.Name) and part.id not in self._known and part.id not in BUILTINS:
                 return False, None
             if isinstance(part, ast.Call) and not (isinstance(part.func, ast.Name) and part.func.id == "len"):
                 return False, None
         code = compile(ast.fix_missing_locations(ast.Expression(copy.deepcopy(node))), "", "eval")
-        return True, meaning(eval(code, {"__builtins__": {"len": len}}, self._known))
+        return True, meaning(eval(code, {"__builtins__": BUILTINS}, self._known))
 
     def _constant(self, node):
         is_known, value = self._evaluated(node)
@@ -197,12 +216,14 @@ class _Specializer(ast.NodeTransformer):
         constants, arguments = {}, []
         for parameter in parameters:
             argument = bound.arguments[parameter.arg]
-            if is_constant(parameter):
+            if is_constant(parameter, function):
                 constants[parameter.arg] = self._constant(argument) if isinstance(argument, ast.expr) else argument
             else:
                 arguments.append(self.visit(argument) if isinstance(argument, ast.expr) else self._literal(argument))
-        specialized = specialize(function, tuple(constants.items()), self._compute)
-        return ast.Call(self._named(specialized), arguments, [])
+        kind = function, repr(constants)  # in which True is not 1
+        if kind not in self._done:
+            self._done[kind] = specialize(function, constants, self._compute, self._done)
+        return ast.Call(self._named(self._done[kind]), arguments, [])
 
 
 def _is_device_function(value):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import re
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import Parameter
 
 import fusedopt
@@ -276,6 +278,62 @@ def test_any_change_of_a_rule_compiles_it_anew(cache, builds, own):
     assert len({repr(result) for result in results}) == 7
 
 
+def test_a_rule_is_what_it_was_when_it_was_first_compiled(cache, builds, own, tmp_path):
+    """Its file may change while the process lives: what is kept of it for others has to be what they will read."""
+    cls = own(factor=2.0)
+    before = stepped(cls)
+    (path,) = tmp_path.glob("own_*.py")
+    path.write_text(path.read_text().replace("constexpr(2.0)", "constexpr(3.0)"))
+    param = Parameter(torch.arange(5.0).double())  # of another signature
+    optimizer = cls([param])
+    param.grad = torch.linspace(-1, 1, 5).double()
+    optimizer.step()
+    assert bits(param.detach().float()) == before
+    compiled._kernel.cache_clear()
+    assert stepped(own(factor=3.0)) != before
+
+
+def test_defaults_of_helpers_count(cache):
+    from fusedopt.kernels.language import triton
+
+    def rule(factor):
+        @triton.jit
+        def helper(x, factor=factor):
+            return x * factor
+
+        @triton.jit
+        def update(param, grad, states, scalars, STATES):
+            return helper(param), ()
+
+        return update
+
+    assert code_cache.key_of("update", {"UPDATE": rule(2.0)}) != code_cache.key_of("update", {"UPDATE": rule(3.0)})
+
+
+def test_a_file_that_cannot_be_linked_is_compiled_anew(cache, builds):
+    expected = stepped()
+    for path in cache.iterdir():
+        content = path.read_bytes()[32:]
+        content = content[: len(content) // 2]
+        path.write_bytes(hashlib.sha256(content).digest() + content)
+    compiled._kernel.cache_clear()
+    builds.clear()
+    assert stepped() == expected
+    assert builds == ["prepare", "update"]
+    compiled._kernel.cache_clear()
+    assert stepped() == expected
+    assert builds == ["prepare", "update"]
+
+
+def test_a_full_disk_leaves_nothing_behind(cache, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(code_cache.os, "replace", full)
+    stepped()
+    assert list(cache.iterdir()) == []
+
+
 def test_what_takes_long_is_told_once(cache, caplog, monkeypatch):
     monkeypatch.setattr(compiled, "_seconds", 0.0)
     monkeypatch.setattr(compiled.time, "perf_counter", iter(range(100)).__next__)
@@ -296,6 +354,30 @@ def test_warmup_compiles_and_writes_nothing(cache, builds, options):
     builds.clear()
     train(optimizer, range(1))
     assert builds == []
+
+
+# Fake tensors.
+
+
+@pytest.mark.parametrize("steps_before", [0, 1])
+def test_real_parameters_in_fake_tensor_mode_are_left_to_the_reference(steps_before):
+    """The states that a step makes there have no memory that a kernel could write."""
+    params = [Parameter(torch.ones(5)) for _ in range(2)]
+    mine = fusedopt.SGD(params[:1], lr=0.1, momentum=0.9)
+    theirs = torch.optim.SGD(params[1:], lr=0.1, momentum=0.9, foreach=False)
+    for param, optimizer in zip(params, (mine, theirs), strict=True):
+        param.grad = torch.ones(5)
+        for _ in range(steps_before):
+            optimizer.step()
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            optimizer.step()
+    torch.testing.assert_close(*params)
+    insisting = fusedopt.Adam(params[:1], backend="compiled")
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        pytest.raises(RuntimeError, match="cannot step parameter 0 of group 0 in FakeTensorMode"),
+    ):
+        insisting.step()
 
 
 # Rules that cannot be compiled.
@@ -329,13 +411,69 @@ def test_who_insists_on_such_a_rule_gets_an_error_before_anything_is_written(own
     assert snapshot(optimizer) == before
 
 
+@pytest.mark.parametrize("backend", ["auto", "compiled"])
+def test_what_turns_out_later_is_no_half_step(backend, monkeypatch):
+    """GradScaler's steps take another kernel, which a plan that holds has not."""
+    params = make_params(torch.float32)
+    optimizer = type("Mine", (fusedopt.Adam,), {})(params, backend=backend)
+    train(optimizer, range(1))
+    before = snapshot(optimizer)
+
+    def fail(name, constants):
+        raise ValueError("no more")
+
+    monkeypatch.setattr(compiled, "_address", fail)
+    compiled._kernel.cache_clear()
+    monkeypatch.setattr("fusedopt.plan.DEBUG", False)
+    optimizer._stepper.plan._kernels._tables[0]._bound.clear()
+    optimizer.grad_scale = torch.tensor(2.0)
+    if backend == "compiled":
+        with pytest.raises(RuntimeError, match="no more"):
+            optimizer.step()
+        assert snapshot(optimizer) == before
+    else:
+        with pytest.warns(RuntimeWarning, match="Mine cannot be compiled for the CPU"):
+            optimizer.step()
+        assert snapshot(optimizer) != before
+    compiled._kernel.cache_clear()
+
+
+def test_states_that_a_refused_step_has_made_are_gone(monkeypatch):
+    def fail(name, constants):
+        raise ValueError("not today")
+
+    monkeypatch.setattr(compiled, "_address", fail)
+    compiled._kernel.cache_clear()
+    optimizer = fusedopt.Adam(make_params(), backend="compiled")
+    with pytest.raises(RuntimeError, match="not today"):
+        train(optimizer, range(1))
+    assert not optimizer.state
+    compiled._kernel.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["numba", "llvmlite"])
+def test_something_else_in_place_of_the_compiler(name):
+    code = f"""
+        import sys, types
+        sys.modules[{name!r}] = types.ModuleType({name!r})
+        import warnings, torch, fusedopt
+        warnings.simplefilter("ignore")
+        param = torch.nn.Parameter(torch.ones(4))
+        param.grad = torch.ones(4)
+        optimizer = fusedopt.SGD([param], lr=0.5)
+        optimizer.step()
+        print(param.tolist() == [0.5] * 4)
+    """
+    assert run(code) == ["True"]
+
+
 def test_a_symbol_that_is_nowhere_does_not_end_the_process(cache, monkeypatch):
     import llvmlite.binding as llvm
 
     compiled._linker()
     module = llvm.parse_assembly("declare void @nowhere()\ndefine void @f(i64 %x) { call void @nowhere()\n ret void }")
     code = llvm.Target.from_default_triple().create_target_machine().emit_object(module)
-    with pytest.raises(compiled.CompileError, match="symbol"):
+    with pytest.raises(RuntimeError, match="symbol"):
         compiled._linked("f", code)
 
 

@@ -17,6 +17,7 @@ import math
 import triton
 import triton.language as tl
 from fusedopt import FusedOptimizer
+from fusedopt.kernels import arithmetic
 from fusedopt.kernels.arithmetic import div, lerp, maximum, minimum, power, signum, sqrt
 
 THIRD: tl.constexpr = 1 / 3
@@ -29,6 +30,14 @@ def horner(x, DEGREE: tl.constexpr, first=0.1):
     for i in tl.static_range(DEGREE):
         sum = sum * x + 0.3 * i
     return sum
+
+
+@triton.jit
+def flagged(x, FLAG: tl.constexpr):
+    if FLAG is True:
+        return 2.0 * x
+    else:
+        return 3.0 * x
 
 
 @triton.jit
@@ -102,6 +111,11 @@ EXACT = [
     "result = x if COUNT > 3 else 0.1 * y",
     "result = x\n    for i in tl.static_range(3):\n        result += (x, y, 0.1 * x)[i] * (i + 1)",
     "POWER: tl.constexpr = 0.7\n    result = POWER * x",
+    "result = x\n    for i in tl.static_range(2):\n        result += i * y\n    i = result * 2\n    result -= i",
+    "result = x\n    for i in range(1, 3):\n        result += i * y",
+    "result = flagged(x, True) + 10.0 * flagged(x, 1)",
+    "(x > 0.25).to(tl.float32) * y",
+    "arithmetic.div(x, y)",
 ]
 ROUNDED = [f"tl.{name}(x)" for name in ("exp", "exp2", "sin", "cos", "sigmoid")] + [
     "tl.log(tl.abs(x)) + tl.log2(tl.abs(y))",
@@ -110,7 +124,7 @@ ROUNDED = [f"tl.{name}(x)" for name in ("exp", "exp2", "sin", "cos", "sigmoid")]
 ]
 
 
-def results(line, tmp_path, dtype):
+def results(line, tmp_path, dtype, backends=("triton", "compiled")):
     path = tmp_path / "rule.py"
     path.write_text(RULE.format(lines="    " + (line if "result" in line else f"result = {line}")))
     spec = spec_from_file_location("rule", path)
@@ -118,7 +132,7 @@ def results(line, tmp_path, dtype):
     spec.loader.exec_module(module)
     values = torch.tensor([0.0, -0.0, 0.1, -0.3, 1.7, 33.3, 1e-30, float("inf"), -float("inf"), float("nan")])
     found = []
-    for backend in ("triton", "compiled"):
+    for backend in backends:
         param = Parameter(values.repeat(len(values)).to(dtype))
         param.grad = values.repeat_interleave(len(values)).to(dtype)
         module.Own([param], backend=backend).step()
@@ -141,3 +155,9 @@ def test_arithmetic_is_that_of_fp64(line, tmp_path):
 @pytest.mark.parametrize("line", ROUNDED)
 def test_functions_are_the_same_to_rounding(line, tmp_path):
     torch.testing.assert_close(*results(line, tmp_path, torch.float32), rtol=3e-7, atol=1e-7, equal_nan=True)
+
+
+@pytest.mark.parametrize("line", ["x % 1.0", "x // 0.3", "x.to(tl.int32) * 0.1", "tl.umulhi(x, y)", "x.dtype"])
+def test_what_might_mean_something_else_is_refused(line, tmp_path):
+    with pytest.raises(RuntimeError, match=r"CPU|Unknown attribute"):
+        results(line, tmp_path, torch.float32, backends=["compiled"])
