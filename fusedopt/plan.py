@@ -126,6 +126,7 @@ class Plan:
         in_kernels = [entry.kernels for entry in self.entries]
         self._reference = None if all(in_kernels) else ReferenceStep(self.entries, live)
         self._kernels = KernelStep(optimizer, self.entries, live, hyper.count) if any(in_kernels) else None
+        self._compiled: set[tuple[bool, bool]] = set()  # the kinds of steps for which all kernels are there
         self.device = torch.device("cpu") if self._kernels is None else self._kernels.device  # where it is decided
         # The reference works on the tensors themselves, wherever they lie.
         watched = live.watched if self._watchable else []
@@ -194,8 +195,10 @@ class Plan:
 
     def compile(self, unscale: bool, reads_gradients: bool) -> None:
         """Compile what a step launches. CompileError where that cannot be; nothing has been written then."""
-        if self._kernels is not None:
+        kind = unscale, reads_gradients
+        if self._kernels is not None and kind not in self._compiled:
             self._kernels.compile(unscale, reads_gradients)
+            self._compiled.add(kind)
 
     @property
     def engines(self) -> set[str]:

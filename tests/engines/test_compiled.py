@@ -425,7 +425,6 @@ def test_what_turns_out_later_is_no_half_step(backend, monkeypatch):
     monkeypatch.setattr(compiled, "_address", fail)
     compiled._kernel.cache_clear()
     monkeypatch.setattr("fusedopt.plan.DEBUG", False)
-    optimizer._stepper.plan._kernels._tables[0]._bound.clear()
     optimizer.grad_scale = torch.tensor(2.0)
     if backend == "compiled":
         with pytest.raises(RuntimeError, match="no more"):
