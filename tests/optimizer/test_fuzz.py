@@ -287,7 +287,7 @@ engines = st.sampled_from(ENGINES)
 
 
 @in_torch
-@budget(1000)
+@budget(700)
 @given(data=st.data())
 def test_equals_torch(case, data):
     fuzz(case, data.draw(engines), data.draw)
@@ -301,7 +301,7 @@ def cases_of(mode):
 
 
 @every_mode
-@budget(300)
+@budget(200)
 @given(data=st.data())
 def test_equals_torch_in_every_mode(mode, data):
     fuzz(data.draw(cases_of(mode)), data.draw(engines), data.draw, mode)
