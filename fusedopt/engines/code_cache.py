@@ -81,11 +81,9 @@ def _identity(value: Any) -> Any:
     Raises:
         TypeError: nobody can tell.
     """
-    from ..kernels.cpu.source import text, used
+    from ..kernels.cpu.source import text, unwrapped, used
 
-    value = getattr(value, "fn", value)
-    if type(value).__name__ == "constexpr":
-        value = value.value
+    value = unwrapped(value)
     if isinstance(value, NUMBERS):
         return repr(value)
     if isinstance(value, (tuple, list)):

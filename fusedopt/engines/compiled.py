@@ -48,7 +48,7 @@ class CompiledKernels:
         return CHUNK_SIZE
 
     def prepare(self, **constants: Any) -> Kernel:
-        """`prepare`, and the tensors of a program."""
+        """`prepare`, for the numbers of a rule."""
         return self._kernel("prepare", BLOCK_SIZE=BLOCK_SIZE, **constants)
 
     def update(self, signature: Signature, **constants: Any) -> Kernel:

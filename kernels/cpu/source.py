@@ -41,6 +41,13 @@ def used(function):
     return dict(sorted(found.items()))
 
 
+def unwrapped(value):
+    """A device function of Triton's as the one of Python's that it is made of, a constexpr as its value."""
+    if type(value).__name__ == "constexpr":
+        value = value.value
+    return value if isinstance(value, ModuleType) else getattr(value, "fn", value)
+
+
 def is_constant(parameter, function):
     """Whether a parameter is put in when a function is compiled: annotated as constexpr, here also in capitals."""
     is_own = function.__module__.startswith(__package__)

@@ -9,7 +9,7 @@ from numba import njit
 
 from . import language
 from .memory import static_range
-from .source import definition, is_constant, used
+from .source import definition, is_constant, unwrapped, used
 
 PACKAGE = __package__
 OPTIONS = {"error_model": "numpy", "no_cpython_wrapper": True, "forceinline": True}
@@ -52,15 +52,13 @@ def meaning(value):
     """What stands here for something that Triton's functions use."""
     if isinstance(value, ModuleType) and value.__name__.startswith("triton.language"):
         return language.LANGUAGE
-    if type(value).__name__ == "constexpr":
-        return value.value
-    function = getattr(value, "fn", value)
-    if isinstance(function, FunctionType):
-        if function.__module__.startswith("triton."):
-            return getattr(language.LANGUAGE, function.__name__)
-        if function.__module__ == f"{PACKAGE.rpartition('.')[0]}.arithmetic":
-            return language.ARITHMETIC.get(function.__name__, function)
-    return function
+    value = unwrapped(value)
+    if isinstance(value, FunctionType):
+        if value.__module__.startswith("triton."):
+            return getattr(language.LANGUAGE, value.__name__)
+        if value.__module__ == f"{PACKAGE.rpartition('.')[0]}.arithmetic":
+            return language.ARITHMETIC.get(value.__name__, value)
+    return value
 
 
 class _Specializer(ast.NodeTransformer):

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ from torch.nn import Parameter
 
 import fusedopt
 from fusedopt.engines import choice, code_cache, compiled, threads
+from tests.own_rule import own_class
 from tests.twins import bits, make_params, snapshot, train
 
 pytest.importorskip("numba")
@@ -211,29 +211,8 @@ def helper(x, TIMES: tl.constexpr):
 
 
 @triton.jit
-def scalars(hyper, scalar_states):
-    return (hyper[0],), ()
-
-
-@triton.jit
 def update(param, grad, states, scalars, STATES: tl.constexpr):
     {update}
-
-
-class Own(FusedOptimizer):
-    kernel = (scalars, update)
-    hyperparameters = ("lr",)
-
-    def __init__(self, params, lr=0.5, **options):
-        super().__init__(params, {{"lr": lr}}, **options)
-
-    @staticmethod
-    def scalars(hyper, scalar_states):
-        return (hyper[0],), ()
-
-    @staticmethod
-    def reference(param, grad, states, scalars):
-        param.sub_(scalars[0] * grad)
 """
 PLAIN = {
     "factor": 2.0,
@@ -249,11 +228,7 @@ def own(tmp_path):
 
     def make_class(**parts):
         path = tmp_path / f"own_{len(list(tmp_path.iterdir()))}.py"
-        path.write_text(RULE.format(**{**PLAIN, **parts}))
-        spec = spec_from_file_location(path.stem, path)
-        module = module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module.Own
+        return own_class(path, RULE.format(**{**PLAIN, **parts}))
 
     return make_class
 

@@ -1,7 +1,5 @@
 """What rules may say: the same in Triton's interpreter and as machine code of the CPU."""
 
-from importlib.util import module_from_spec, spec_from_file_location
-
 import pytest
 import torch
 from torch.nn import Parameter
@@ -10,6 +8,7 @@ pytest.importorskip("triton")
 pytest.importorskip("numba")
 
 from tests.kernels.test_same_bits import same_bits
+from tests.own_rule import own_class
 
 RULE = """
 import math
@@ -49,32 +48,11 @@ def chosen(x, SIDE: tl.constexpr = "left"):
 
 
 @triton.jit
-def scalars(hyper, scalar_states):
-    return (hyper[0],), ()
-
-
-@triton.jit
 def update(x, grad, states, scalars, STATES: tl.constexpr):
     lr = scalars[0]
     y = grad
 {lines}
     return result, ()
-
-
-class Own(FusedOptimizer):
-    kernel = (scalars, update)
-    hyperparameters = ("lr",)
-
-    def __init__(self, params, lr=0.3, **options):
-        super().__init__(params, {{"lr": lr}}, **options)
-
-    @staticmethod
-    def scalars(hyper, scalar_states):
-        return (hyper[0],), ()
-
-    @staticmethod
-    def reference(param, grad, states, scalars):
-        raise NotImplementedError
 """
 
 # The interpreter, other than a GPU, has tl.maximum and tl.minimum propagate NaN.
@@ -125,17 +103,14 @@ ROUNDED = [f"tl.{name}(x)" for name in ("exp", "exp2", "sin", "cos", "sigmoid")]
 
 
 def results(line, tmp_path, dtype, backends=("triton", "compiled")):
-    path = tmp_path / "rule.py"
-    path.write_text(RULE.format(lines="    " + (line if "result" in line else f"result = {line}")))
-    spec = spec_from_file_location("rule", path)
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
+    rule = RULE.format(lines="    " + (line if "result" in line else f"result = {line}"))
+    own = own_class(tmp_path / "rule.py", rule)
     values = torch.tensor([0.0, -0.0, 0.1, -0.3, 1.7, 33.3, 1e-30, float("inf"), -float("inf"), float("nan")])
     found = []
     for backend in backends:
         param = Parameter(values.repeat(len(values)).to(dtype))
         param.grad = values.repeat_interleave(len(values)).to(dtype)
-        module.Own([param], backend=backend).step()
+        own([param], backend=backend).step()
         found.append(param.detach())
     return found
 
