@@ -18,20 +18,31 @@ UPDATES += unscaling(kernel for kernel in UPDATES if kernel.rule in ("sgd", "ada
 SQUARES = list(map(SumSquares, DTYPES))
 
 
+# Most streams and most registers.
+HEAVIEST = ["bfloat16-rounding=stochastic", "bfloat16-ema_decay=0.999-master_weights"]
+
+
 def compiled_for(kernel):
-    """The targets: every one for the ordinary signatures; for the modes some, more for SGD and Adam than for others."""
-    if kernel.dtypes in SIGNATURES:
+    """The targets: every one for SGD and Adam; for the other rules sm_90, and fp32 for every one.
+
+    A rule is the same text in every mode, and a mode the same for every rule. `bench.static` compiles all of them.
+    """
+    if kernel.rule in ("sgd-momentum_buffer", "adam-exp_avg-exp_avg_sq") and kernel.dtypes in (*SIGNATURES, *HEAVIEST):
         return TESTED
-    few = kernel.dtypes in ("bfloat16-master_weights", "bfloat16-kahan", "bfloat16-rounding=stochastic")
-    averaged = kernel.dtypes in ("float32-ema_decay=0.999", "bfloat16-ema_decay=0.999-master_weights")
-    if kernel.optimizer.kernel in ("sgd", "adam"):
-        return TESTED if few or averaged else ["sm_90"]
-    return ["sm_90"] if few or averaged else []
+    if kernel.optimizer.kernel in ("sgd", "adam") or kernel.dtypes in (*SIGNATURES, *HEAVIEST):
+        return TESTED if kernel.dtypes == "fp32" else ["sm_90"]
+    return []
+
+
+def prepared_for(kernel):
+    """The targets of a `prepare`: every one for those that read numbers of the host only."""
+    return ["sm_90"] if kernel.hyper_tensors else TESTED
 
 
 def main():
     pairs = [(kernel, target) for kernel in UPDATES for target in compiled_for(kernel)]
-    pairs += [(kernel, target) for target in TESTED for kernel in (*PREPARES, *SQUARES)]
+    pairs += [(kernel, target) for target in TESTED for kernel in SQUARES]
+    pairs += [(kernel, target) for kernel in PREPARES for target in prepared_for(kernel)]
     results = {f"{report.kernel} {report.target}": asdict(report) for report in reports_of(pairs, jobs=2)}
     results["specializations"] = {
         f"{kernel.id} {target}": [str(specialization(kernel, TARGETS[target], number)) for number in NUMBERS]

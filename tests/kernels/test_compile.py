@@ -14,13 +14,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.kernels.compiled_kernels import PREPARES, SQUARES, TESTED, UPDATES, compiled_for
+from tests.kernels.compiled_kernels import PREPARES, SQUARES, TESTED, UPDATES, compiled_for, prepared_for
 
 ROOT = Path(__file__).parents[2]
 COMPILED = [(kernel, target) for kernel in UPDATES for target in compiled_for(kernel)]
 # What is launched before the updates, by its name in a profile.
-BEFORE = [(kernel, f"fusedopt_prepare_{kernel.of.optimizer.kernel}_scalars") for kernel in PREPARES]
-BEFORE += [(kernel, f"fusedopt_sum_squares_{kernel.dtype}") for kernel in SQUARES]
+BEFORE = [
+    (kernel, target, f"fusedopt_prepare_{kernel.of.optimizer.kernel}_scalars")
+    for kernel in PREPARES
+    for target in prepared_for(kernel)
+]
+BEFORE += [(kernel, target, f"fusedopt_sum_squares_{kernel.dtype}") for kernel in SQUARES for target in TESTED]
 
 
 @pytest.fixture(scope="session")
@@ -149,9 +153,8 @@ def test_instructions_of_adam(compiled, dtypes, limit):
     assert compiled[f"adam-exp_avg-exp_avg_sq-{dtypes} sm_90"]["element_loop"]["instructions"] < limit
 
 
-@pytest.mark.parametrize("target", TESTED)
-@pytest.mark.parametrize(("kernel", "name"), BEFORE, ids=[kernel.id for kernel, _ in BEFORE])
-def test_what_comes_before_the_update(compiled, kernel, name, target):
+@pytest.mark.parametrize(("kernel", "target", "name"), BEFORE, ids=[f"{kernel.id}-{to}" for kernel, to, _ in BEFORE])
+def test_what_comes_before_the_update(compiled, kernel, target, name):
     report = compiled[f"{kernel.id} {target}"]
     assert report["name"] == name
     assert report["waste"] == []

@@ -238,7 +238,7 @@ def test_a_limit_that_does_not_hold_is_told_by_the_exit_code(textbook, monkeypat
 
 def verdict(distances):
     """From the distances in the last quarter of the steps; and whether they are clear of the thresholds."""
-    far = np.nan_to_num(np.max(distances[45:], axis=0), nan=np.inf).clip(1e-300)
+    far = np.nan_to_num(np.max(distances, axis=0), nan=np.inf).clip(1e-300)
     threshold = np.minimum(abs(np.log(far / 0.01)), abs(np.log(far)))
     return np.where(far <= 0.01, 0, np.where(far <= 1, 1, 2)), threshold > 1e-6
 
@@ -257,7 +257,7 @@ def test_map_is_what_the_equations_give(form, document):
         m, s = 0.8 * m + rates * g, s + g**2
         x = x - {"gd": rates * g, "momentum": m, "adagrad": rates * g / np.sqrt(s + 1e-6)}[form]
         distances.append(np.sqrt((x**2).mean(axis=0)))
-    expected, clear = verdict(distances)
+    expected, clear = verdict(distances[45:])
     assert clear.mean() > 0.99
     assert (np.array(found["optimizers"][form]) == expected)[clear].all()
     assert set(np.unique(expected)) == ({0, 1} if form == "adagrad" else {0, 1, 2})
@@ -266,10 +266,10 @@ def test_map_is_what_the_equations_give(form, document):
 @pytest.mark.parametrize("form", stability.MAPPED)
 def test_a_cell_of_the_map_is_a_run_of_its_own(form):
     rates, conditions = torch.tensor([0.02, 0.3, 3.0]).double(), torch.tensor([1.0, 30.0]).double()
-    cells = stability.scan(form, {}, 0.2, rates, conditions, 60)
+    cells = stability.scan(form, {}, 0.2, rates, conditions, 24)
     for (row, condition), (column, rate) in itertools.product(enumerate(conditions), enumerate(rates)):
         eigenvalues = [0.2, 0.2 * condition.item()]
-        runs = [stability.distance(form, {"lr": rate.item()}, eigenvalues, steps) for steps in range(1, 61)]
+        runs = [stability.distance(form, {"lr": rate.item()}, eigenvalues, steps) for steps in range(19, 25)]
         assert cells[row, column] == verdict(np.array(runs))[0], (condition, rate)
 
 
