@@ -17,6 +17,7 @@ from . import code_cache, threads
 from .signature import Signature
 
 Kernel = Callable[..., None]  # of the number of programs, how many elements they have in all, and the arguments
+Launch = Callable[[], None]  # of a kernel with all of that
 
 BLOCK_SIZE = 128  # tensors of a program of `prepare`
 CHUNK_SIZE = 16384  # elements of the others': fits the cache of a core, and looking up a chunk does not show
@@ -47,15 +48,15 @@ class CompiledKernels:
         """Elements of a program of `update`."""
         return CHUNK_SIZE
 
-    def prepare(self, **constants: Any) -> Kernel:
+    def prepare(self, **constants: Any) -> CompiledKernel:
         """`prepare`, for the numbers of a rule."""
         return self._kernel("prepare", BLOCK_SIZE=BLOCK_SIZE, **constants)
 
-    def update(self, signature: Signature, **constants: Any) -> Kernel:
+    def update(self, signature: Signature, **constants: Any) -> CompiledKernel:
         """`update` for one signature."""
         return self._kernel("update", CHUNK_SIZE=CHUNK_SIZE, **signature.kinds, **constants)
 
-    def sum_squares(self, grad: torch.dtype) -> Kernel:
+    def sum_squares(self, grad: torch.dtype) -> CompiledKernel:
         """`sum_squares` for gradients of this dtype."""
         return self._kernel("sum_squares", GRAD=grad, CHUNK_SIZE=CHUNK_SIZE)
 
@@ -63,7 +64,12 @@ class CompiledKernels:
         """What stands for a tensor that stays where it is."""
         return tensor.data_ptr()
 
-    def _kernel(self, name: str, **constants: Any) -> Kernel:
+    def bound(self, kernel: Any, *args: Any) -> Launch:
+        """A launch whose arguments stay the same."""
+        launch: Launch = kernel.bound(*args)
+        return launch
+
+    def _kernel(self, name: str, **constants: Any) -> CompiledKernel:
         return _kernel(name, tuple((key, _plain(value)) for key, value in constants.items()))
 
 
@@ -76,23 +82,37 @@ def _plain(value: Any) -> Any:
     return getattr(value, "fn", value)
 
 
-@cache
-def _kernel(name: str, constants: tuple[tuple[str, Any], ...]) -> Kernel:
-    from ..kernels.cpu import TAKEN
+class CompiledKernel:
+    """Machine code, to be called with the number of programs, how many elements they have, and its arguments."""
 
+    def __init__(self, address: int) -> None:
+        from ..kernels.cpu import TAKEN
+
+        self._address, self._function = address, _Function(address)
+        self._taken, self._table = TAKEN, ctypes.c_int64 * (TAKEN + 1)
+
+    def __call__(self, programs: int, elements: int, *args: Any) -> None:
+        self.bound(programs, elements, *args)()
+
+    def bound(self, programs: int, elements: int, *args: Any) -> Launch:
+        """A call with these arguments, which one thread at a time may repeat."""
+        function, address, taken = self._function, self._address, self._taken
+        table = self._table(programs, *[arg if type(arg) is int else arg.data_ptr() for arg in args])
+        arguments = ctypes.addressof(table)
+
+        def launch() -> None:
+            table[taken] = 0
+            threads.run(function, address, arguments, elements)
+
+        return launch
+
+
+@cache
+def _kernel(name: str, constants: tuple[tuple[str, Any], ...]) -> CompiledKernel:
     try:
-        address = _address(name, dict(constants))
+        return CompiledKernel(_address(name, dict(constants)))
     except Exception as error:  # of Python's, numba's or LLVM's
         raise CompileError(_reason(error)) from error
-    function = _Function(address)
-    table = ctypes.c_int64 * (TAKEN + 1)
-
-    def launch(programs: int, elements: int, *args: Any) -> None:
-        addresses = [arg if type(arg) is int else arg.data_ptr() for arg in args]
-        arguments = table(programs, *addresses)
-        threads.run(function, address, ctypes.addressof(arguments), elements)
-
-    return launch
 
 
 def _address(name: str, constants: dict[str, Any]) -> int:

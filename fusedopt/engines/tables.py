@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from threading import Lock
 from typing import Any
@@ -18,7 +19,7 @@ from ..step import graphs
 from ..step.gate import Gate
 from ..step.hyper import Hyper, count_scalars, flat, tuple_getter
 from .choice import triton_interprets, warp_size
-from .compiled import CompiledKernels, Kernel
+from .compiled import CompiledKernels, Kernel, Launch
 from .signature import Signature, launch_options, rule, triton_value
 from .uploads import Array, Uploads
 
@@ -77,6 +78,10 @@ class TritonKernels:
     def argument(self, tensor: Tensor) -> Tensor:
         """What stands for a tensor that stays where it is."""
         return tensor
+
+    def bound(self, kernel: Kernel, *args: Any) -> Launch:
+        """A launch whose arguments stay the same."""
+        return partial(kernel, *args)
 
     def _kernel(self, kernel: Any, **constants: Any) -> Kernel:
         return lambda programs, elements, *args: launch(kernel, programs, *args, **constants, **self._options)
@@ -168,16 +173,18 @@ class Tables:
         self._updates = [
             (
                 signature,
-                sum(item.numel for item in same),
-                len(chunks),
-                (place(rows), grads, scalars, control, place(chunks.view(torch.int32)), first),
+                (
+                    len(chunks),
+                    sum(item.numel for item in same),
+                    *(place(rows), grads, scalars, control, place(chunks.view(torch.int32)), first),
+                ),
             )
             for (signature, same), first, rows, chunks in zip(
                 members.items(), firsts, tables[::2], tables[1::2], strict=False
             )
             if len(chunks)
         ]
-        self._bound: dict[tuple[bool, bool], tuple[Kernel, list[Kernel]]] = {}  # kernels, by what a step asks of them
+        self._bound: dict[tuple[bool, bool], tuple[Kernel, list[Launch]]] = {}  # by what a step asks of them
 
     def is_current(self) -> bool:
         """Whether the tables can be used on the current stream."""
@@ -208,8 +215,8 @@ class Tables:
         if reads_gradients:
             self._squares.bind()
 
-    def bind(self, unscale: bool) -> tuple[Kernel, list[Kernel]]:
-        """`prepare`, and `update` for each signature, for a step in which gradients are unscaled or not.
+    def bind(self, unscale: bool) -> tuple[Kernel, list[Launch]]:
+        """`prepare`, and a launch of `update` for each signature, for a step that unscales gradients or does not.
 
         Raises:
             CompileError: one cannot be compiled for the CPU.
@@ -224,7 +231,9 @@ class Tables:
                 HYPER_TENSORS=kind[0],
             )
             same = {"UPDATE": self._update_rule, "N_SCALARS": self._n_scalars, "UNSCALE": unscale}
-            updates = [self._kernels.update(signature, **same) for signature, *_ in self._updates]
+            updates = [
+                self._kernels.bound(self._kernels.update(signature, **same), *args) for signature, args in self._updates
+            ]
             self._bound[kind] = prepare, updates
         return self._bound[kind]
 
@@ -261,8 +270,8 @@ class Tables:
                 n_partials,
                 advance,
             )
-            for update, (_, elements, programs, arguments) in zip(updates, self._updates, strict=True):
-                update(programs, elements, *arguments)
+            for update in updates:
+                update()
         self._uploads.keep_for_graph(
             self._hyper_tensors, self._reads, partials, grad_norm, counters, found_inf, grad_scale
         )

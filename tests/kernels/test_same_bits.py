@@ -48,11 +48,15 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and bool((equal | (a.isnan() & b.isnan())).all())
 
 
+def many(dtype: torch.dtype) -> int:
+    return 17000 if dtype == FP32 else 1100
+
+
 def parameters(noise: Noise, dtype: torch.dtype) -> list[torch.nn.Parameter]:
-    """Special values, subnormals and ordinary ones, in more than one program and at odd addresses."""
+    """Special values, subnormals and ordinary ones, of fp32 in more than one program, and at odd addresses."""
     special = torch.tensor(SPECIAL, dtype=torch.float64)
     subnormal = torch.finfo(dtype).tiny * torch.linspace(-1, 1, 60, dtype=torch.float64)
-    values = [special.repeat_interleave(len(SPECIAL)), subnormal, noise(17000), noise(35)[3:]]
+    values = [special.repeat_interleave(len(SPECIAL)), subnormal, noise(many(dtype)), noise(35)[3:]]
     return [torch.nn.Parameter(value.to(dtype)) for value in values]
 
 
@@ -60,7 +64,7 @@ def gradients(noise: Noise, dtype: torch.dtype, grad_dtype: torch.dtype, step: i
     special = torch.tensor(SPECIAL, dtype=torch.float64).repeat(len(SPECIAL))
     subnormal = torch.finfo(dtype).tiny * torch.linspace(1, -0.5, 60, dtype=torch.float64)
     ordinary = torch.linspace(-2, 2, len(special), dtype=torch.float64)
-    values = [special if step % 2 else ordinary, subnormal, noise(17000), noise(35)[3:]]
+    values = [special if step % 2 else ordinary, subnormal, noise(many(dtype)), noise(35)[3:]]
     return [value.to(grad_dtype) for value in values]
 
 

@@ -287,7 +287,7 @@ engines = st.sampled_from(ENGINES)
 
 
 @in_torch
-@budget(700)
+@budget(500)
 @given(data=st.data())
 def test_equals_torch(case, data):
     fuzz(case, data.draw(engines), data.draw)
