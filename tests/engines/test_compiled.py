@@ -6,7 +6,6 @@ import os
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +18,6 @@ from tests.engines.compiling import run, runs, stepped
 from tests.twins import bits, make_params, snapshot, train
 
 pytest.importorskip("numba")
-ROOT = Path(__file__).resolve().parents[2]
 
 
 # Who steps.

@@ -11,6 +11,7 @@ from tests.cases import AVERAGED, CASES, MODES
 
 TESTED = ["sm_80", "sm_90", "gfx942"]
 EVERY_MODE = [*MODES, *AVERAGED]
+HEAVIEST = ["bfloat16-rounding=stochastic", "bfloat16-ema_decay=0.999-master_weights"]  # most registers and streams
 NUMBERS = [1, 2, 15, 16, 17, 2**31 - 1, 2**31, 2**40]
 UPDATES = updates_of(CASES, EVERY_MODE)
 PREPARES = prepares_of(UPDATES)
@@ -18,20 +19,16 @@ UPDATES += unscaling(kernel for kernel in UPDATES if kernel.rule in ("sgd", "ada
 SQUARES = list(map(SumSquares, DTYPES))
 
 
-# Most streams and most registers.
-HEAVIEST = ["bfloat16-rounding=stochastic", "bfloat16-ema_decay=0.999-master_weights"]
-
-
 def compiled_for(kernel):
-    """The targets: every one for SGD and Adam; for the other rules sm_90, and fp32 for every one.
+    """The targets: all for fp32, and for SGD and Adam with their usual states; sm_90 for the other rules.
 
-    A rule is the same text in every mode, and a mode the same for every rule. `bench.static` compiles all of them.
+    A rule is the same text in every mode, and a mode the same for every rule, so that all modes are compiled with SGD
+    and Adam only, and with the other rules those of most code. `bench.static` compiles everything for all targets.
     """
-    if kernel.rule in ("sgd-momentum_buffer", "adam-exp_avg-exp_avg_sq") and kernel.dtypes in (*SIGNATURES, *HEAVIEST):
+    is_usual = kernel.dtypes in (*SIGNATURES, *HEAVIEST)
+    if kernel.dtypes == "fp32" or (is_usual and kernel.rule in ("sgd-momentum_buffer", "adam-exp_avg-exp_avg_sq")):
         return TESTED
-    if kernel.optimizer.kernel in ("sgd", "adam") or kernel.dtypes in (*SIGNATURES, *HEAVIEST):
-        return TESTED if kernel.dtypes == "fp32" else ["sm_90"]
-    return []
+    return ["sm_90"] if is_usual or kernel.optimizer.kernel in ("sgd", "adam") else []
 
 
 def prepared_for(kernel):
