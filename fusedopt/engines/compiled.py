@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from functools import cache
 from itertools import count
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,8 +16,7 @@ from torch import Tensor
 from . import code_cache, threads
 from .signature import Signature
 
-Kernel = Callable[..., None]  # of the number of programs, how many elements they have in all, and the arguments
-Launch = Callable[[], None]  # of a kernel with all of that
+Launch = Callable[[], None]  # of a kernel with its arguments
 
 BLOCK_SIZE = 128  # tensors of a program of `prepare`
 CHUNK_SIZE = 16384  # elements of the others': fits the cache of a core, and looking up a chunk does not show
@@ -28,6 +27,16 @@ _Function = ctypes.CFUNCTYPE(None, ctypes.c_int64)
 _numbers = count()
 _libraries: list[Any] = []  # which own the code
 _seconds = 0.0  # that compiling has taken
+
+
+class Kernel(Protocol):
+    """A kernel of any engine, given how many programs it has, of how many elements in all, and the arguments."""
+
+    def __call__(self, programs: int, elements: int, *args: Any) -> None:
+        """Launch it."""
+
+    def bound(self, programs: int, elements: int, *args: Any) -> Launch:
+        """A launch, to be repeated: its arguments stay the same, and where they are."""
 
 
 class CompileError(RuntimeError):
@@ -63,11 +72,6 @@ class CompiledKernels:
     def argument(self, tensor: Tensor) -> int:
         """What stands for a tensor that stays where it is."""
         return tensor.data_ptr()
-
-    def bound(self, kernel: Any, *args: Any) -> Launch:
-        """A launch whose arguments stay the same."""
-        launch: Launch = kernel.bound(*args)
-        return launch
 
     def _kernel(self, name: str, **constants: Any) -> CompiledKernel:
         return _kernel(name, tuple((key, _plain(value)) for key, value in constants.items()))

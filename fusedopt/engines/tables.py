@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from itertools import accumulate
 from threading import Lock
 from typing import Any
@@ -33,10 +32,10 @@ SQUARES_PROGRAMS = {False: 1024, True: 4}
 _interpreter = Lock()  # has one grid for all threads
 
 
-def launch(kernel: Any, programs: int, *args: Any, enable_fp_fusion: bool, **options: Any) -> None:
-    """Every kernel of fusedopt starts here, told whether products and sums are fused: Triton's default changes."""
+def launch(kernel: Any, programs: int, *args: Any, enable_fp_fusion: bool, **options: Any) -> Any:
+    """Have Triton launch a kernel, told whether products and sums are fused, since its default changes."""
     with _interpreter if triton_interprets() else nullcontext():
-        kernel[(programs,)](*args, enable_fp_fusion=enable_fp_fusion, **options)
+        return kernel[(programs,)](*args, enable_fp_fusion=enable_fp_fusion, **options)
 
 
 class TritonKernels:
@@ -79,12 +78,10 @@ class TritonKernels:
         """What stands for a tensor that stays where it is."""
         return tensor
 
-    def bound(self, kernel: Kernel, *args: Any) -> Launch:
-        """A launch whose arguments stay the same."""
-        return partial(kernel, *args)
-
     def _kernel(self, kernel: Any, **constants: Any) -> Kernel:
-        return lambda programs, elements, *args: launch(kernel, programs, *args, **constants, **self._options)
+        from .direct import TritonKernel
+
+        return TritonKernel(kernel, constants, lambda *args, **constants: launch(*args, **constants, **self._options))
 
 
 @dataclass(frozen=True)
@@ -231,9 +228,7 @@ class Tables:
                 HYPER_TENSORS=kind[0],
             )
             same = {"UPDATE": self._update_rule, "N_SCALARS": self._n_scalars, "UNSCALE": unscale}
-            updates = [
-                self._kernels.bound(self._kernels.update(signature, **same), *args) for signature, args in self._updates
-            ]
+            updates = [self._kernels.update(signature, **same).bound(*args) for signature, args in self._updates]
             self._bound[kind] = prepare, updates
         return self._bound[kind]
 

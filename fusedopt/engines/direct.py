@@ -1,0 +1,114 @@
+"""Triton's kernels without Triton's dispatch: what the first launch of a signature compiles, the next ones start."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from triton import knobs
+from triton.runtime import JITFunction, driver
+
+from .compiled import Launch
+
+# All names in `JITFunction.run` of Triton 3.6 to 3.9. One that looks at more is not imitated.
+KNOWN_NAMES = frozenset(
+    """
+    RuntimeError _do_compile _pack_args active add_stages_inspection_hook append callable compilation compute_cache_key
+    debug device_caches driver fpsan_homomorphic_casts function get get_current_device get_current_stream hasattr
+    instrumentation_mode items knobs launch_enter_hook launch_exit_hook launch_metadata len object packed_metadata
+    pre_run_hooks result run runtime used_global_vals values
+    """.split()
+)
+
+
+class TritonKernel:
+    """One of Triton's kernels with its compile-time arguments, on one device, which is current at every launch.
+
+    ``kernel[grid](...)`` binds and specializes every argument, and makes a key of them, before it finds what it has
+    compiled long since. Here later launches give that to Triton's launcher themselves, with addresses in place of
+    tensors, for as long as all that the dispatch looks at is what it was. Where something is to be called at a launch,
+    or something is unknown, Triton launches as ever.
+
+    Args:
+        kernel: what `triton.jit` returned. It specializes on no number among its arguments.
+        constants: its compile-time arguments.
+        launch: launches it by Triton, given how many programs, the arguments and the constants; returns what that did.
+    """
+
+    def __init__(self, kernel: Any, constants: dict[str, Any], launch: Callable[..., Any]) -> None:
+        self._kernel, self._constants, self._launch = kernel, constants, launch
+        self._started: dict[tuple[Any, ...], tuple[Answers, Start]] = {}  # by what Triton tells arguments apart by
+
+    def __call__(self, programs: int, elements: int, *args: Any) -> None:
+        self.bound(programs, elements, *args)()
+
+    def bound(self, programs: int, elements: int, *args: Any) -> Launch:
+        """A launch of these arguments, which stay where they are."""
+        numbers = [arg.data_ptr() if isinstance(arg, Tensor) else arg for arg in args]
+        kinds = tuple(
+            (arg.dtype, number % 16 == 0) if isinstance(arg, Tensor) else None
+            for arg, number in zip(args, numbers, strict=True)
+        )
+        kernel, started = self._kernel, self._started
+
+        def launch() -> None:
+            known = started.get(kinds)
+            if known is not None and known[0] == answers(kernel):
+                known[1](programs, numbers)
+                return
+            started.pop(kinds, None)
+            compiled = self._launch(kernel, programs, *args, **self._constants)
+            now = answers(kernel)
+            start = None if now is None else _start(kernel, compiled, len(args), self._constants)
+            if now is not None and start is not None:
+                started[kinds] = now, start
+
+        return launch
+
+
+Answers = tuple[Any, ...]
+Start = Callable[[int, list[int]], None]
+
+
+def answers(kernel: Any) -> Answers | None:
+    """All that Triton looks at in a launch beside the arguments; None where that is unknown, or is to be called."""
+    if type(kernel) is not JITFunction:
+        return None
+    runtime, compilation = knobs.runtime, knobs.compilation
+    try:
+        if (
+            kernel.pre_run_hooks
+            or runtime.launch_enter_hook.calls
+            or runtime.launch_exit_hook.calls
+            or getattr(runtime, "add_stages_inspection_hook", None) is not None
+        ):
+            return None
+        return (
+            JITFunction.run,
+            driver.active,
+            kernel.debug,
+            runtime.debug,
+            compilation.instrumentation_mode,
+            getattr(compilation, "fpsan_homomorphic_casts", None),
+            *[names.get(name) for (name, _), (_, names) in kernel.used_global_vals.items()],
+        )
+    except AttributeError:
+        return None
+
+
+def _start(kernel: Any, compiled: Any, n_args: int, constants: dict[str, Any]) -> Start | None:
+    """What starts a compiled kernel as `JITFunction.run` does; None where that is not known."""
+    try:
+        if not KNOWN_NAMES.issuperset(JITFunction.run.__code__.co_names):
+            return None
+        get_current_stream, device = driver.active.get_current_stream, driver.active.get_current_device()
+        run, function, packed = compiled.run, compiled.function, compiled.packed_metadata
+        unread = [constants[name] for name in kernel.arg_names[n_args:]]
+    except (AttributeError, KeyError):
+        return None
+
+    def start(programs: int, numbers: list[int]) -> None:
+        run(programs, 1, 1, get_current_stream(device), function, packed, None, None, None, *numbers, *unread)
+
+    return start
