@@ -67,16 +67,17 @@ def prepare(
     hyper_ptr,  # float64 [groups, N_HYPER + 1]: the rule's, then ema_decay
     hyper_tensors_ptr,  # int64 [groups, N_HYPER + 1]: address of a device tensor, +1 for fp32, 0 = take hyper_ptr's
     limits_ptr,  # float64 [2]: max_grad_norm (negative = none), skip_nonfinite
-    grad_scale_ptr,  # fp32: what the gradients are divided by
-    found_inf_ptr,  # fp32: not 0 = skip this step
-    partials_ptr,  # float64 [n_partials, 2]: written by sum_squares
     scalars_ptr,  # float64 [n_tensors, N_SCALARS + 1]: written
     control_ptr,  # float64 [4]: written: what gradients are multiplied by, whether the step is skipped, 1 / grad_scale,
     # how many steps have been rounded at random, this one included
+    n_tensors: tl.int64,
+    # Up to here the arguments stay the same for all steps; these do not:
+    grad_scale_ptr,  # fp32: what the gradients are divided by
+    found_inf_ptr,  # fp32: not 0 = skip this step
+    partials_ptr,  # float64 [n_partials, 2]: written by sum_squares
     grad_norm_ptr,  # float64: written
     skipped_steps_ptr,  # int64: advanced
     rounding_step_ptr,  # int64: advanced
-    n_tensors: tl.int64,
     n_partials: tl.int64,
     rounding_advance: tl.int64,  # 0 where another launch has advanced it
     SCALARS: tl.constexpr,

@@ -5,18 +5,17 @@ from __future__ import annotations
 import ctypes
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import count
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from . import code_cache, threads
 from .signature import Signature
 
-Launch = Callable[[], None]  # of a kernel with its arguments
+Launch = Callable[..., None]  # of a kernel that has its first arguments, with the last ones
 
 BLOCK_SIZE = 128  # tensors of a program of `prepare`
 CHUNK_SIZE = 16384  # elements of the others': fits the cache of a core, and looking up a chunk does not show
@@ -24,7 +23,7 @@ SQUARES_PROGRAMS = 256  # fixed, so that the order of the sums is
 
 _log = logging.getLogger("fusedopt")
 _Function = ctypes.CFUNCTYPE(None, ctypes.c_int64)
-_numbers = count()
+_ordinals = count()
 _libraries: list[Any] = []  # which own the code
 _seconds = 0.0  # that compiling has taken
 
@@ -36,7 +35,7 @@ class Kernel(Protocol):
         """Launch it."""
 
     def bound(self, programs: int, elements: int, *args: Any) -> Launch:
-        """A launch, to be repeated: its arguments stay the same, and where they are."""
+        """A launch to be repeated, by one thread at a time: the first arguments stay the same, and where they are."""
 
 
 class CompileError(RuntimeError):
@@ -69,10 +68,6 @@ class CompiledKernels:
         """`sum_squares` for gradients of this dtype."""
         return self._kernel("sum_squares", GRAD=grad, CHUNK_SIZE=CHUNK_SIZE)
 
-    def argument(self, tensor: Tensor) -> int:
-        """What stands for a tensor that stays where it is."""
-        return tensor.data_ptr()
-
     def _kernel(self, name: str, **constants: Any) -> CompiledKernel:
         return _kernel(name, tuple((key, _plain(value)) for key, value in constants.items()))
 
@@ -99,16 +94,22 @@ class CompiledKernel:
         self.bound(programs, elements, *args)()
 
     def bound(self, programs: int, elements: int, *args: Any) -> Launch:
-        """A call with these arguments, which one thread at a time may repeat."""
+        """A call to be repeated, by one thread at a time: the first arguments stay the same, and where they are."""
         function, address, taken = self._function, self._address, self._taken
-        table = self._table(programs, *[arg if type(arg) is int else arg.data_ptr() for arg in args])
-        arguments = ctypes.addressof(table)
+        table = self._table(programs, *_numbers(args))
+        arguments, first = ctypes.addressof(table), 1 + len(args)
 
-        def launch() -> None:
+        def launch(*lasts: Any) -> None:
+            if lasts:
+                table[first : first + len(lasts)] = _numbers(lasts)
             table[taken] = 0
             threads.run(function, address, arguments, elements)
 
         return launch
+
+
+def _numbers(args: Sequence[Any]) -> list[int]:
+    return [arg if type(arg) is int else arg.data_ptr() for arg in args]
 
 
 @cache
@@ -150,7 +151,7 @@ def _linked(symbol: str, code: bytes) -> int:
     import llvmlite.binding as llvm
 
     builder = llvm.JITLibraryBuilder().add_object_img(code).export_symbol(symbol).add_current_process()
-    library = builder.link(_linker(), f"fusedopt {next(_numbers)}")
+    library = builder.link(_linker(), f"fusedopt {next(_ordinals)}")
     _libraries.append(library)
     return int(library[symbol])
 

@@ -38,31 +38,33 @@ class TritonKernel:
 
     def __init__(self, kernel: Any, constants: dict[str, Any], launch: Callable[..., Any]) -> None:
         self._kernel, self._constants, self._launch = kernel, constants, launch
-        self._started: dict[tuple[Any, ...], tuple[Answers, Start]] = {}  # by what Triton tells arguments apart by
 
     def __call__(self, programs: int, elements: int, *args: Any) -> None:
         self.bound(programs, elements, *args)()
 
     def bound(self, programs: int, elements: int, *args: Any) -> Launch:
-        """A launch of these arguments, which stay where they are."""
+        """A launch to be repeated: the first arguments stay the same, and where they are."""
+        kernel, constants = self._kernel, self._constants
         numbers = [arg.data_ptr() if isinstance(arg, Tensor) else arg for arg in args]
-        kinds = tuple(
-            (arg.dtype, number % 16 == 0) if isinstance(arg, Tensor) else None
-            for arg, number in zip(args, numbers, strict=True)
-        )
-        kernel, started = self._kernel, self._started
+        direct: dict[tuple[Any, ...], tuple[Answers, Start]] = {}  # by what Triton tells the last arguments apart by
 
-        def launch() -> None:
-            known = started.get(kinds)
-            if known is not None and known[0] == answers(kernel):
-                known[1](programs, numbers)
-                return
-            started.pop(kinds, None)
-            compiled = self._launch(kernel, programs, *args, **self._constants)
+        def launch(*lasts: Any) -> None:
+            last_numbers = [arg if type(arg) is int else arg.data_ptr() for arg in lasts]
+            kinds = tuple(
+                [
+                    None if type(arg) is int else (arg.dtype, number % 16)
+                    for arg, number in zip(lasts, last_numbers, strict=True)
+                ]
+            )
             now = answers(kernel)
-            start = None if now is None else _start(kernel, compiled, len(args), self._constants)
+            known = direct.pop(kinds, None) if now is None else direct.get(kinds)
+            if known is not None and known[0] == now:
+                known[1](programs, numbers + last_numbers)
+                return
+            compiled = self._launch(kernel, programs, *args, *lasts, **constants)
+            start = None if now is None else _start(kernel, compiled, len(args) + len(lasts), constants)
             if now is not None and start is not None:
-                started[kinds] = now, start
+                direct[kinds] = now, start
 
         return launch
 

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -74,10 +74,6 @@ class TritonKernels:
 
         return self._kernel(gate.sum_squares, **squares_constants(grad))
 
-    def argument(self, tensor: Tensor) -> Tensor:
-        """What stands for a tensor that stays where it is."""
-        return tensor
-
     def _kernel(self, kernel: Any, **constants: Any) -> Kernel:
         from .direct import TritonKernel
 
@@ -98,6 +94,14 @@ class Item:
     scalar_addresses: tuple[int, ...]  # of `number_address`; the last one says whether the average has begun
     part: int = 0  # of `Ranks`
     first: int = 0  # the place of the first element in the whole parameter, for stochastic rounding
+
+
+class Launches(NamedTuple):
+    """What a step launches."""
+
+    prepare: Launch  # of what the gate is told
+    prepare_open: Launch  # where it is told nothing
+    updates: list[Launch]  # one a signature
 
 
 class Tables:
@@ -160,12 +164,14 @@ class Tables:
         self._hyper_version = -1
         self._known: Any = None  # what the last `read` was told
 
-        # The arguments of the launches, but for those of `prepare` that a step decides.
-        place = self._kernels.argument
-        grads, hyper, hyper_tensors, limits = map(place, self._reads)
-        scalars, control = place(self._scalars), place(self._control)
-        self._read_by_prepare = place(self._groups), grads, place(self._scalar_states), hyper, hyper_tensors, limits
-        self._written_by_prepare = scalars, control
+        # The arguments of the launches that stay the same.
+        grads, hyper, hyper_tensors, limits = self._reads
+        n_tensors = len(ordered)
+        self._prepare = (
+            *(-(-n_tensors // self._kernels.prepare_block_size), n_tensors),
+            *(self._groups, grads, self._scalar_states, hyper, hyper_tensors, limits),
+            *(self._scalars, self._control, n_tensors),
+        )
         firsts = accumulate(map(len, members.values()), initial=0)
         self._updates = [
             (
@@ -173,7 +179,7 @@ class Tables:
                 (
                     len(chunks),
                     sum(item.numel for item in same),
-                    *(place(rows), grads, scalars, control, place(chunks.view(torch.int32)), first),
+                    *(rows, grads, self._scalars, self._control, chunks.view(torch.int32), first),
                 ),
             )
             for (signature, same), first, rows, chunks in zip(
@@ -181,7 +187,7 @@ class Tables:
             )
             if len(chunks)
         ]
-        self._bound: dict[tuple[bool, bool], tuple[Kernel, list[Launch]]] = {}  # by what a step asks of them
+        self._bound: dict[tuple[bool, bool], Launches] = {}  # by what a step asks of them
 
     def is_current(self) -> bool:
         """Whether the tables can be used on the current stream."""
@@ -204,16 +210,16 @@ class Tables:
     def sum_squares(self) -> list[tuple[int, Tensor]]:
         """For each part, sums of squares of its gradients, and not 0 where an element is not finite: float64 [n, 2]."""
         with self._uploads.on_device():
-            return self._squares.launch(self._reads[0], self.device)
+            return self._squares.launch(self._reads[0])
 
     def compile(self, unscale: bool, reads_gradients: bool) -> None:
         """Have the kernels of a step. Triton compiles its own when they are launched."""
         self.bind(unscale)
         if reads_gradients:
-            self._squares.bind()
+            self._squares.bind(self._reads[0])
 
-    def bind(self, unscale: bool) -> tuple[Kernel, list[Launch]]:
-        """`prepare`, and a launch of `update` for each signature, for a step that unscales gradients or does not.
+    def bind(self, unscale: bool) -> Launches:
+        """The launches of a step that unscales gradients or does not.
 
         Raises:
             CompileError: one cannot be compiled for the CPU.
@@ -228,14 +234,29 @@ class Tables:
                 HYPER_TENSORS=kind[0],
             )
             same = {"UPDATE": self._update_rule, "N_SCALARS": self._n_scalars, "UNSCALE": unscale}
-            updates = [self._kernels.update(signature, **same).bound(*args) for signature, args in self._updates]
-            self._bound[kind] = prepare, updates
+            nothing = self._one, self._zero, self._unread, self._unread, *self._uncounted, 0, 0
+            self._bound[kind] = Launches(
+                prepare.bound(*self._prepare),
+                prepare.bound(*self._prepare, *nothing),
+                [self._kernels.update(signature, **same).bound(*args) for signature, args in self._updates],
+            )
         return self._bound[kind]
 
     def step(self, gate: Gate) -> None:
         """Step the tensors, if the gate lets the step pass."""
-        prepare, updates = self.bind(unscale=gate.grad_scale is not None)
-        n_tensors = len(self.positions)
+        launches = self.bind(unscale=gate.grad_scale is not None)
+        with self._uploads.on_device():
+            if gate.is_open and gate.rounding_step is None:
+                launches.prepare_open()
+            else:
+                self._prepare_gated(launches.prepare, gate)
+            for update in launches.updates:
+                update()
+        gate.decided = True
+        self._uploads.keep_for_graph(self._hyper_tensors, self._reads)
+
+    def _prepare_gated(self, prepare: Launch, gate: Gate) -> None:
+        """Have `prepare` decide, and count."""
         n_partials, partials, grad_norm = 0, self._unread, self._unread
         if gate.partials:
             partials = gate.partials_on(self.device)
@@ -247,32 +268,14 @@ class Tables:
             (counter, instead if counter is None else counter.to(self.device, non_blocking=True))
             for counter, instead in zip((gate.take_counter(), rounding_step), self._uncounted, strict=True)
         ]
-        gate.decided = True
         found_inf = _on(self.device, gate.found_inf, self._zero)
         grad_scale = _on(self.device, gate.grad_scale, self._one)
-        with self._uploads.on_device():
-            prepare(
-                -(-n_tensors // self._kernels.prepare_block_size),
-                n_tensors,
-                *self._read_by_prepare,
-                grad_scale,
-                found_inf,
-                partials,
-                *self._written_by_prepare,
-                grad_norm,
-                *(here for _, here in counters),
-                n_tensors,
-                n_partials,
-                advance,
-            )
-            for update in updates:
-                update()
-        self._uploads.keep_for_graph(
-            self._hyper_tensors, self._reads, partials, grad_norm, counters, found_inf, grad_scale
-        )
-        for counter, here in counters:
-            if counter is not None and counter is not here:
-                counter.copy_(here, non_blocking=True)
+        here = [count for _, count in counters]
+        prepare(grad_scale, found_inf, partials, grad_norm, *here, n_partials, advance)
+        self._uploads.keep_for_graph(partials, grad_norm, counters, found_inf, grad_scale)
+        for counter, count in counters:
+            if counter is not None and counter is not count:
+                counter.copy_(count, non_blocking=True)
 
     def _read_hyper(self, hyper: Hyper) -> None:
         """Numbers, and the addresses of those that live on a device (odd: fp32). The tensors are kept alive."""
@@ -304,33 +307,35 @@ class Squares:
         self.sections = [section for pair in pairs for section in pair]
         self.tables: list[Tensor] = []  # the same on the device
         self._kernels = kernels
-        self._bound: list[Kernel] = []
+        self._bound: list[Launch] | None = None
         self._kinds = list(rows)
         self._sizes = [(int(same[:, 1].sum()), len(chunks)) for same, (_, chunks) in zip(arrays, pairs, strict=True)]
+        self._sums: list[tuple[int, Tensor]] = []
 
-    def bind(self) -> list[Kernel]:
+    def bind(self, grads: Tensor) -> list[Launch]:
         """`sum_squares` for each part and dtype. CompileError if it cannot be compiled for the CPU."""
-        if not self._bound:
-            self._bound = [self._kernels.sum_squares(dtype) for _, dtype in self._kinds]
+        if self._bound is None:
+            counts = [min(n_chunks, self._kernels.squares_programs) for _, n_chunks in self._sizes]
+            partials = torch.empty((sum(counts), 2), dtype=torch.float64, device=grads.device)
+            parts = partials.split(counts)
+            self._bound = [
+                self._kernels.sum_squares(dtype).bound(
+                    count, elements, rows, grads, chunks.view(torch.int32), part, n_chunks
+                )
+                for (_, dtype), count, (elements, n_chunks), rows, chunks, part in zip(
+                    self._kinds, counts, self._sizes, self.tables[::2], self.tables[1::2], parts, strict=True
+                )
+                if count
+            ]
+            whole = len({part for part, _ in self._kinds}) == 1
+            self._sums = [(self._kinds[0][0], partials)] if whole else list(zip([k[0] for k in self._kinds], parts))
         return self._bound
 
-    def launch(self, grads: Tensor, device: torch.device) -> list[tuple[int, Tensor]]:
+    def launch(self, grads: Tensor) -> list[tuple[int, Tensor]]:
         """One launch for each part and dtype; for each part, what it left."""
-        counts = [min(n_chunks, self._kernels.squares_programs) for _, n_chunks in self._sizes]
-        partials = torch.empty((sum(counts), 2), dtype=torch.float64, device=device)
-        firsts = [0, *accumulate(counts)]
-        for sum_squares, (elements, n_chunks), rows, chunks, first, count in zip(
-            self.bind(), self._sizes, self.tables[::2], self.tables[1::2], firsts, counts, strict=False
-        ):
-            if count:
-                here = partials[first : first + count]
-                sum_squares(count, elements, rows, grads, chunks.view(torch.int32), here, n_chunks)
-        if len({part for part, _ in self._kinds}) == 1:
-            return [(self._kinds[0][0], partials)]
-        return [
-            (part, partials[first : first + count])
-            for (part, _), first, count in zip(self._kinds, firsts, counts, strict=False)
-        ]
+        for sum_squares in self.bind(grads):
+            sum_squares()
+        return self._sums
 
 
 def squares_constants(grad: torch.dtype) -> dict[str, Any]:
