@@ -92,8 +92,9 @@ class Plan:
                 names[entry.row] = entry.keys
                 state = optimizer.state[params[entry.index]]
                 self._begun[entry.row] = tuple(begun_of(optimizer, name, state, begun) for name in entry.begun_names)
-        self._getters = list(map(tuple_getter, names))
+        self._getters = [tuple_getter(names[0])] * len(names) if len(set(names)) == 1 else list(map(tuple_getter, names))
         self._has_names = list(map(bool, names))
+        self._has_begun = any(self._begun)
         inside = [entry.index for entry in self.entries]
         self._outside = sorted(set(range(len(params))).difference(inside))
         self._pick = tuple_getter(inside) if self._outside else tuple
@@ -119,7 +120,7 @@ class Plan:
             for name in entry.begun_names
         ]
         self._begun_ids = self._ids_of_begun(live)
-        self._had_grad: list[bool] = []  # for each entry; nothing where all have one
+        self._had_grad: list[bool] | None = None  # for each entry; None where all had one
         self._grad_watch: Watch | None = None
         for entry, param in zip(self.entries, live.params, strict=True):
             entry.plain = is_plain(entry, param, live.rows[entry.row][len(entry.scalar_names) :])
@@ -157,10 +158,10 @@ class Plan:
             held = iter(watched)
             params = list(islice(held, len(params)))
             rows = [tuple(islice(held, len(row))) for row in rows]
-        if any(self._begun):
+        if self._has_begun:
             rows = list(map(add, self._begun, rows))
         rows.append(())  # of an entry without states, at -1
-        return Live(params, grads, rows, watched, [grad for grad in grads if grad is not None], specs)
+        return Live(params, grads, rows, watched, specs)
 
     def _states(self, states: Mapping[Tensor, Any]) -> Iterable[Any]:
         """The states of all parameters. A mapping that loads what it is asked for is asked for what a step reads."""
@@ -216,8 +217,7 @@ class Plan:
         if self._reference is not None and gate.reads_gradients:
             self._reference.read_gradients(live, gate)
         if self._kernels is not None:
-            with torch.no_grad():
-                self._kernels.run(live, hyper, gate)
+            self._kernels.run(live, hyper, gate)
         gate.ask_ranks()
         if self._reference is not None:
             self._reference.run(optimizer, live, hyper, gate)
@@ -254,13 +254,18 @@ class Plan:
         return [id(live.rows[row][place]) for row, place in self._begins]
 
     def _grads_lie_as_known(self, live: Live) -> bool:
-        has_grad = [] if live.complete else [grad is not None for grad in live.grads]
+        if self._grad_watch is not None and self._had_grad is None and self._grad_watch.holds(live.grads):
+            live.complete = True
+            return True
+        has_grad = [grad is not None for grad in live.grads]
+        live.complete = all(has_grad)
         if self._grad_watch is not None and has_grad == self._had_grad:
             return self._grad_watch.holds(live.present)
         for grad, entry in zip(live.grads, self.entries, strict=True):
             if grad is not None and (grad.layout != torch.strided or meta(grad) != entry.grad_meta):
                 return False
-        self._had_grad, self._grad_watch = has_grad, Watch(live.present, addresses=False)
+        self._had_grad = None if live.complete else has_grad
+        self._grad_watch = Watch(live.present, addresses=False)
         return True
 
 

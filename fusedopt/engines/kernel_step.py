@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
 
 import numpy as np
@@ -103,16 +103,10 @@ class KernelStep:
                     gate.add(partials, part)
         gate.ask_ranks()
         for tables, grads in called:
-            stand_ins = [
-                (stand_in, live.params[position])
-                for position, stand_in in self._stand_ins.items()
-                if position in tables.positions and live.grads[position] is not None
-            ]
-            for stand_in, param in stand_ins:
-                stand_in.copy_(param)
+            stand_ins = self._stand_ins and self._filled_stand_ins(tables, live)
             tables.step(gate)
-            for stand_in, param in stand_ins:
-                param.copy_(stand_in)
+            if stand_ins:
+                _copy_each((param, stand_in) for stand_in, param in stand_ins)
             if gate.grad_scale is not None:
                 self._write_grads(tables.positions, grads, live)
             # The kernels write through raw addresses: tell autograd, as any in-place operation would. It saves
@@ -124,10 +118,22 @@ class KernelStep:
                 written = [live.params[position] for position, grad in stepped if grad is not None]
             torch.autograd.graph.increment_version(written)
 
+    def _filled_stand_ins(self, tables: Tables, live: Live) -> list[tuple[Tensor, Tensor]]:
+        """What stands in for parameters of these tables that have a gradient, with their values, beside them."""
+        stand_ins = [
+            (stand_in, live.params[position])
+            for position, stand_in in self._stand_ins.items()
+            if position in tables.positions and live.grads[position] is not None
+        ]
+        _copy_each(stand_ins)
+        return stand_ins
+
+    @torch.no_grad()
     def _lay_grad(self, position: int, grad: Tensor | None) -> Tensor | None:
         stride = self._grad_strides.get(position)
         return grad if grad is None or stride is None else layout.dense_copy(grad, stride)
 
+    @torch.no_grad()
     def _write_grads(self, positions: Sequence[int], grads: Sequence[Tensor | None], live: Live) -> None:
         """Finish gradients that the kernels have unscaled, or left as they were: nobody here knows."""
         torch.autograd.graph.increment_version([grad for grad in grads if grad is not None])
@@ -161,6 +167,12 @@ def _addresses(grads: Sequence[Tensor | None], complete: bool) -> list[int]:
         if all(addresses):
             return addresses
     return [0 if grad is None else grad.data_ptr() or NO_ELEMENTS for grad in grads]
+
+
+@torch.no_grad()
+def _copy_each(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    for target, source in pairs:
+        target.copy_(source)
 
 
 Extent = tuple[int, int]

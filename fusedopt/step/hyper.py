@@ -1,8 +1,8 @@
 """The hyperparameters of every group as float64 numbers, re-read at each step."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import accumulate, chain
-from operator import is_, itemgetter
+from itertools import accumulate, chain, compress
+from operator import is_, is_not, itemgetter
 from typing import Any
 
 import numpy as np
@@ -31,14 +31,15 @@ class Hyper:
         self._sequences = {name: places for name, value in self._defaults.items() if (places := places_of(value))}
         self._required = tuple(name for name in (*names, *optimizer.options) if name not in optional)
         self._optional = tuple(optional)
+        self._matter = {*self._required, *self._optional}
         ends = accumulate(map(count_numbers, zip(self._defaults.values(), strict=True)))
         self._ends = dict(zip(self._defaults, ends, strict=True))  # of each name's place in a row
-        self._keys: list[str] = []
+        self._singles = {name: self._ends[name] - 1 for name in self._defaults if name not in self._sequences}
         self._sizes: list[int] = []
-        self._getters: list[Callable[[Group], tuple[Any, ...]]] = []  # of the keys of each group that matter
+        self._getters: list[Callable[[Group], tuple[Any, ...]]] = []  # of all keys of each group
         self._places: list[tuple[int, str]] = []  # group and key of each value
         self._values: list[Any] = []
-        self._volatile = False  # whether a value may change within itself
+        self._volatile: list[int] = []  # which of those that matter may change within themselves
         self.rows: list[list[Number]] = []
         self.on_device = False  # whether a number is a tensor on a device
         self.max_grad_norm: float | None = None
@@ -57,27 +58,28 @@ class Hyper:
 
     def refresh(self, groups: Sequence[Group]) -> set[str]:
         """Read the groups again; the keys whose values may have changed since the last call."""
-        keys, sizes = list(chain.from_iterable(groups)), list(map(len, groups))
-        if keys != self._keys or sizes != self._sizes:
-            return self._begin(groups, keys, sizes)
-        values = self._read(groups)
-        if not self._volatile and all(map(is_, flat(values), self._values)):
+        sizes = list(map(len, groups))
+        if sizes != self._sizes:
+            return self._begin(groups, sizes)
+        try:
+            values = self._read(groups)
+        except KeyError:  # groups as large as before have the same keys, unless one of these is gone
+            return self._begin(groups, sizes)
+        if not self._volatile and all(map(is_, values, self._values)):
             return set()
-        new = [
-            (index, name, value)
-            for (index, name), value, old in zip(self._places, flat(values), self._values, strict=True)
-            if value is not old or (self._volatile and not _immutable(value))
-        ]
-        self._values = list(flat(values))
-        return self._take(groups, new)
+        moved = compress(range(len(values)), map(is_not, values, self._values))
+        self._values = values
+        return self._take(groups, [(*self._places[i], values[i]) for i in sorted({*moved, *self._volatile})])
 
-    def _begin(self, groups: Sequence[Group], keys: list[str], sizes: list[int]) -> set[str]:
+    def _begin(self, groups: Sequence[Group], sizes: list[int]) -> set[str]:
         """Read groups of other keys than before, of which nothing is known."""
-        self._keys, self._sizes = keys, sizes
-        names = [(*self._required, *(name for name in self._optional if name in group)) for group in groups]
-        self._getters = list(map(tuple_getter, names))
-        self._places = [(index, name) for index, of_group in enumerate(names) for name in of_group]
-        self._values = list(flat(self._read(groups)))
+        for name in self._required:
+            for group in groups:
+                group[name]  # KeyError
+        self._sizes = sizes
+        self._getters = [tuple_getter(tuple(group)) for group in groups]
+        self._places = [(index, name) for index, group in enumerate(groups) for name in group]
+        self._values = self._read(groups)
         self.rows = [[0.0] * (self.count + 1) for _ in groups]
         new = [
             (index, name, group.get(name, self._defaults.get(name)))
@@ -85,32 +87,41 @@ class Hyper:
             for name in (*self._required, *self._optional)
         ]
         self._take(groups, new)
-        return {*self._required, *self._optional}
+        return self._matter
 
-    def _read(self, groups: Sequence[Group]) -> list[tuple[Any, ...]]:
-        return [get(group) for get, group in zip(self._getters, groups, strict=True)]
+    def _read(self, groups: Sequence[Group]) -> list[Any]:
+        return list(flat([get(group) for get, group in zip(self._getters, groups, strict=True)]))
 
     def _take(self, groups: Sequence[Group], new: Sequence[tuple[int, str, Any]]) -> set[str]:
         """Put new values, each with its group and name, into their places; the names of those that are different."""
-        if not {name for _, name, _ in new}.isdisjoint(self._optional):
+        names = {name for _, name, _ in new}
+        if not names.isdisjoint(self._optional):
             for index in range(len(groups)):
                 check_group(groups, index)
             self.max_grad_norm = option(groups[0], "max_grad_norm") if groups else None
             self.skip_nonfinite = bool(groups and option(groups[0], "skip_nonfinite"))
         changed = {name for index, name, value in new if self._put(index, name, value)}
-        if self._volatile or not all(_immutable(value) for _, _, value in new):
-            self._volatile = not all(map(_immutable, self._values))
-        self.on_device = self._volatile and any(isinstance(number, Tensor) for number in flat(self.rows))
+        if self._volatile or not all(type(value) is float for _, _, value in new):
+            self._volatile = [
+                i
+                for i, ((_, name), value) in enumerate(zip(self._places, self._values, strict=True))
+                if name in self._matter and not _immutable(value)
+            ]
+            self.on_device = any(isinstance(number, Tensor) for number in flat(self.rows))
         self.version += bool(changed)
         return changed
 
     def _put(self, index: int, name: str, value: Any) -> bool:
-        """Whether a value is another one than before."""
-        row = self.rows[index]
+        """Whether a value that matters is another one than before."""
+        row, place = self.rows[index], self._singles.get(name)
+        if place is not None and type(value) is float and type(row[place]) is float:  # as a scheduler leaves it
+            changed = row[place] != value
+            row[place] = value
+            return changed
         if name == KEYS["ema_decay"]:
             row[-1] = float(value or 0.0)
         if name not in self._ends:
-            return True
+            return name in self._matter
         if value is None and isinstance(self._defaults[name], (bool, type(None))):  # a flag that is not set
             value = False
         places = self._sequences.get(name, 0)

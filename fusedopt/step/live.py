@@ -22,10 +22,10 @@ class Live:
     grads: Sequence[Tensor | None]
     rows: list[Row]
     watched: list[Tensor]  # parameters and states, one after the other
-    present: list[Tensor]  # the gradients that are there
     specs: list[Any]  # how each of `watched` is sharded, if any is
+    complete: bool = False  # whether every parameter is known to have a gradient
 
     @property
-    def complete(self) -> bool:
-        """Whether every parameter has a gradient."""
-        return len(self.present) == len(self.grads)
+    def present(self) -> list[Tensor]:
+        """The gradients that are there."""
+        return [grad for grad in self.grads if grad is not None]

@@ -31,8 +31,11 @@ class Watch:
         self._blocks = [(place, _same_metas(*tensors[place])) for place in places]
         self.addresses = [list(map(Tensor.data_ptr, tensors[place])) for place in places] if addresses else None
 
-    def holds(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether nothing has changed. RuntimeError or TypeError for what has no address, or is no tensor."""
+    def holds(self, tensors: Sequence[Tensor | None]) -> bool:
+        """Whether nothing has changed. RuntimeError or TypeError for what has no address, or is no tensor.
+
+        Without addresses, None in place of a tensor is a change as any other.
+        """
         if len(tensors) != self._count:
             return False
         for i, (place, same_metas) in enumerate(self._blocks):
@@ -55,4 +58,4 @@ def _same_metas(*tensors: Tensor) -> Callable[..., bool]:
         if guards.check(*tensors):
             return guards.check
     metas = list(map(meta, tensors))
-    return lambda *others: list(map(meta, others)) == metas
+    return lambda *others: [None if tensor is None else meta(tensor) for tensor in others] == metas
