@@ -23,7 +23,7 @@ from .engines.kernel_step import KernelStep
 from .engines.reference import ReferenceStep
 from .options import option, takes_all_gradients
 from .protocol import Begun, OptimizerLike
-from .step import graphs, layout
+from .step import layout
 from .step.dry import is_dry, is_simulating
 from .step.entry import Entry, check, check_states, entries_of, is_plain, is_ready, param_name, settle_states
 from .step.gate import Gate
@@ -92,7 +92,9 @@ class Plan:
                 names[entry.row] = entry.keys
                 state = optimizer.state[params[entry.index]]
                 self._begun[entry.row] = tuple(begun_of(optimizer, name, state, begun) for name in entry.begun_names)
-        self._getters = [tuple_getter(names[0])] * len(names) if len(set(names)) == 1 else list(map(tuple_getter, names))
+        self._getters = (
+            [tuple_getter(names[0])] * len(names) if len(set(names)) == 1 else list(map(tuple_getter, names))
+        )
         self._has_names = list(map(bool, names))
         self._has_begun = any(self._begun)
         inside = [entry.index for entry in self.entries]
@@ -211,7 +213,7 @@ class Plan:
         gate.is_dry = self._is_dry
         if gate.needs_ranks and self._ranks and not self._is_dry:
             gate.ranks = self._ranks
-            if self._compares_ranks and not graphs.is_capturing():
+            if self._compares_ranks and not gate.is_captured:
                 self._compare_ranks(optimizer, live)
         shared = [] if gate.grad_scale is None or self._is_dry else self._grad_memory.part(live)
         if self._reference is not None and gate.reads_gradients:

@@ -83,6 +83,7 @@ class Stepper:
             # GradScaler sets them before the step, `grad_scale` to None after `unscale_`, and deletes them afterwards.
             told = vars(optimizer)
             gate = Gate(hyper, told.get("grad_scale"), told.get("found_inf"))
+            gate.is_captured = capturing
             if gate.may_skip and not self.may_skip:
                 self.may_skip, self.plan = True, None
             plan, live = self._planned(optimizer, hyper, changed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor
@@ -21,11 +22,14 @@ KNOWN_NAMES = frozenset(
     """.split()
 )
 
+Answers = tuple[Any, ...]
+Start = Callable[[int, list[int]], None]  # of the number of programs and all arguments but the compile-time ones
+
 
 class TritonKernel:
     """One of Triton's kernels with its compile-time arguments, on one device, which is current at every launch.
 
-    ``kernel[grid](...)`` binds and specializes every argument, and makes a key of them, before it finds what it has
+    Triton's own launch binds and specializes every argument, and makes a key of them, before it finds what it has
     compiled long since. Here later launches give that to Triton's launcher themselves, with addresses in place of
     tensors, for as long as all that the dispatch looks at is what it was. Where something is to be called at a launch,
     or something is unknown, Triton launches as ever.
@@ -45,22 +49,23 @@ class TritonKernel:
     def bound(self, programs: int, elements: int, *args: Any) -> Launch:
         """A launch to be repeated: the first arguments stay the same, and where they are."""
         kernel, constants = self._kernel, self._constants
-        numbers = [arg.data_ptr() if isinstance(arg, Tensor) else arg for arg in args]
+        numbers = _numbers(args)
         direct: dict[tuple[Any, ...], tuple[Answers, Start]] = {}  # by what Triton tells the last arguments apart by
 
         def launch(*lasts: Any) -> None:
-            last_numbers = [arg if type(arg) is int else arg.data_ptr() for arg in lasts]
+            last_numbers = _numbers(lasts)
             kinds = tuple(
                 [
-                    None if type(arg) is int else (arg.dtype, number % 16)
+                    None if type(arg) is int else (arg.dtype, number % 16 == 0)
                     for arg, number in zip(lasts, last_numbers, strict=True)
                 ]
             )
             now = answers(kernel)
-            known = direct.pop(kinds, None) if now is None else direct.get(kinds)
+            known = direct.get(kinds)
             if known is not None and known[0] == now:
                 known[1](programs, numbers + last_numbers)
                 return
+            direct.pop(kinds, None)
             compiled = self._launch(kernel, programs, *args, *lasts, **constants)
             start = None if now is None else _start(kernel, compiled, len(args) + len(lasts), constants)
             if now is not None and start is not None:
@@ -69,40 +74,51 @@ class TritonKernel:
         return launch
 
 
-Answers = tuple[Any, ...]
-Start = Callable[[int, list[int]], None]
+def _numbers(args: tuple[Any, ...]) -> list[int]:
+    return [arg if type(arg) is int else arg.data_ptr() for arg in args]
+
+
+def _names() -> tuple[str, ...]:
+    """All names in the code of Triton's own launch."""
+    code = getattr(JITFunction.run, "__code__", None)
+    return ("what is no function of Python's",) if code is None else code.co_names
+
+
+# What a profiler is called by, then what a launch looks at in every version, then what it does in some.
+_settings = attrgetter(
+    "runtime.launch_enter_hook.calls",
+    "runtime.launch_exit_hook.calls",
+    "runtime.debug",
+    "compilation.instrumentation_mode",
+    *(["runtime.add_stages_inspection_hook"] if "add_stages_inspection_hook" in _names() else []),
+    *(["compilation.fpsan_homomorphic_casts"] if "fpsan_homomorphic_casts" in _names() else []),
+)
 
 
 def answers(kernel: Any) -> Answers | None:
-    """All that Triton looks at in a launch beside the arguments; None where that is unknown, or is to be called."""
-    if type(kernel) is not JITFunction:
+    """All that Triton looks at in a launch beside the arguments; None where something is unknown or to be called."""
+    if type(kernel) is not JITFunction or kernel.pre_run_hooks:
         return None
-    runtime, compilation = knobs.runtime, knobs.compilation
     try:
-        if (
-            kernel.pre_run_hooks
-            or runtime.launch_enter_hook.calls
-            or runtime.launch_exit_hook.calls
-            or getattr(runtime, "add_stages_inspection_hook", None) is not None
-        ):
-            return None
-        return (
-            JITFunction.run,
-            driver.active,
-            kernel.debug,
-            runtime.debug,
-            compilation.instrumentation_mode,
-            getattr(compilation, "fpsan_homomorphic_casts", None),
-            *[names.get(name) for (name, _), (_, names) in kernel.used_global_vals.items()],
-        )
+        settings = _settings(knobs)
     except AttributeError:
         return None
+    if settings[0] or settings[1]:
+        return None
+    used = kernel.used_global_vals
+    values = tuple([names.get(name) for (name, _), (_, names) in used.items()]) if used else ()
+    return JITFunction.run, driver.active, kernel.debug, settings[2:], values
+
+
+def _stages_are_inspected() -> bool:
+    """Whether what Triton compiles depends on what a hook says at every launch."""
+    return getattr(knobs.runtime, "add_stages_inspection_hook", None) is not None
 
 
 def _start(kernel: Any, compiled: Any, n_args: int, constants: dict[str, Any]) -> Start | None:
     """What starts a compiled kernel as `JITFunction.run` does; None where that is not known."""
     try:
-        if not KNOWN_NAMES.issuperset(JITFunction.run.__code__.co_names):
+        if not KNOWN_NAMES.issuperset(_names()) or _stages_are_inspected():
             return None
         get_current_stream, device = driver.active.get_current_stream, driver.active.get_current_device()
         run, function, packed = compiled.run, compiled.function, compiled.packed_metadata

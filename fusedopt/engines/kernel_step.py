@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import cast
 
 import numpy as np
 import torch
@@ -74,7 +73,10 @@ class KernelStep:
 
     def is_current(self) -> bool:
         """Whether every table belongs to the stream that is current, or is kept for the graph that is captured."""
-        return all(tables.is_current() for tables in self._tables)
+        for tables in self._tables:
+            if not tables.uploads.is_current():
+                return False
+        return True
 
     def compile(self, unscale: bool, reads_gradients: bool) -> None:
         """Have everything that a step launches."""
@@ -163,7 +165,7 @@ def signature_of(optimizer: OptimizerLike, entry: Entry, param: torch.dtype, nam
 def _addresses(grads: Sequence[Tensor | None], complete: bool) -> list[int]:
     """Where the gradients are, 0 for one that is missing."""
     if complete:
-        addresses = list(map(Tensor.data_ptr, cast("Sequence[Tensor]", grads)))
+        addresses = list(map(Tensor.data_ptr, grads))  # type: ignore[arg-type]
         if all(addresses):
             return addresses
     return [0 if grad is None else grad.data_ptr() or NO_ELEMENTS for grad in grads]

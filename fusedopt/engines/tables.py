@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from ..protocol import OptimizerLike
-from ..step import graphs
 from ..step.gate import Gate
 from ..step.hyper import Hyper, count_scalars, flat, tuple_getter
 from .choice import triton_interprets, warp_size
@@ -118,7 +117,7 @@ class Tables:
         self.positions = [item.position for item in ordered]
         self.pick = tuple_getter(self.positions)
         self.device = device
-        self._uploads = Uploads(device)
+        self.uploads = Uploads(device)
         self._scalars_rule, self._update_rule = rule(type(optimizer))
         self._n_hyper = n_hyper
         self._n_scalars = n_scalars = count_scalars(type(optimizer), n_hyper)
@@ -138,7 +137,7 @@ class Tables:
         self.static, parts = _sections(list(map(len, sections)))
         for part, section in zip(parts, sections, strict=True):
             self.static[part] = section
-        on_device = self._uploads.upload(self.static, self._uploads.memory_for(self.static))
+        on_device = self.uploads.upload(self.static, self.uploads.memory_for(self.static))
         self._groups, self._scalar_states, *tables = (on_device[part] for part in parts)
         n_squares = len(self._squares.sections)
         self._squares.tables, tables = tables[:n_squares], tables[n_squares:]
@@ -148,7 +147,7 @@ class Tables:
         self._one = torch.ones((), dtype=torch.float32, device=device)
         self._zero = torch.zeros((), dtype=torch.float32, device=device)
         self._unread = torch.zeros(1, dtype=torch.float64, device=device)
-        self._uncounted = [torch.zeros((), dtype=torch.int64, device=device) for _ in range(2)]
+        self._unskipped, self._unrounded = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
 
         # What may differ between two steps: gradients, numbers, addresses of numbers, limits.
         n_numbers = len(optimizer.param_groups) * (n_hyper + 1)
@@ -156,7 +155,7 @@ class Tables:
         self._told = [
             self._dynamic[part].view(dtype) for part, dtype in zip(parts, (np.int64, np.float64) * 2, strict=True)
         ]
-        self._dynamic_on_device = self._uploads.memory_for(self._dynamic)
+        self._dynamic_on_device = self.uploads.memory_for(self._dynamic)
         dtypes = (torch.int64, torch.float64) * 2
         self._reads = [self._dynamic_on_device[part].view(dtype) for part, dtype in zip(parts, dtypes, strict=True)]
         self._hyper_tensors: list[Tensor] = []
@@ -189,14 +188,10 @@ class Tables:
         ]
         self._bound: dict[tuple[bool, bool], Launches] = {}  # by what a step asks of them
 
-    def is_current(self) -> bool:
-        """Whether the tables can be used on the current stream."""
-        return self._uploads.is_current()
-
     def read(self, grad_addresses: Sequence[int], hyper: Hyper, gate: Gate) -> None:
         """Bring what may differ between two steps to the device; gradients without an address sit this one out."""
         known = grad_addresses, hyper.version, gate.numbers()
-        if known == self._known and not self._converts and not graphs.is_capturing():
+        if known == self._known and not self._converts and not gate.is_captured:
             return
         grads, _, _, limits = self._told
         grads[:] = grad_addresses
@@ -204,12 +199,12 @@ class Tables:
         if hyper.version != self._hyper_version or self._converts:
             self._read_hyper(hyper)
         # The stream's earlier kernels have read the old contents by the time that these arrive.
-        self._uploads.upload(self._dynamic, self._dynamic_on_device)
+        self.uploads.upload(self._dynamic, self._dynamic_on_device)
         self._known, self._hyper_version = known, hyper.version
 
     def sum_squares(self) -> list[tuple[int, Tensor]]:
         """For each part, sums of squares of its gradients, and not 0 where an element is not finite: float64 [n, 2]."""
-        with self._uploads.on_device():
+        with self.uploads.on_device():
             return self._squares.launch(self._reads[0])
 
     def compile(self, unscale: bool, reads_gradients: bool) -> None:
@@ -234,7 +229,7 @@ class Tables:
                 HYPER_TENSORS=kind[0],
             )
             same = {"UPDATE": self._update_rule, "N_SCALARS": self._n_scalars, "UNSCALE": unscale}
-            nothing = self._one, self._zero, self._unread, self._unread, *self._uncounted, 0, 0
+            nothing = self._one, self._zero, self._unread, self._unread, self._unskipped, self._unrounded, 0, 0
             self._bound[kind] = Launches(
                 prepare.bound(*self._prepare),
                 prepare.bound(*self._prepare, *nothing),
@@ -245,7 +240,7 @@ class Tables:
     def step(self, gate: Gate) -> None:
         """Step the tensors, if the gate lets the step pass."""
         launches = self.bind(unscale=gate.grad_scale is not None)
-        with self._uploads.on_device():
+        with self.uploads.on_device():
             if gate.is_open and gate.rounding_step is None:
                 launches.prepare_open()
             else:
@@ -253,7 +248,8 @@ class Tables:
             for update in launches.updates:
                 update()
         gate.decided = True
-        self._uploads.keep_for_graph(self._hyper_tensors, self._reads)
+        if gate.is_captured:
+            self.uploads.keep_for_graph(self._hyper_tensors, self._reads)
 
     def _prepare_gated(self, prepare: Launch, gate: Gate) -> None:
         """Have `prepare` decide, and count."""
@@ -263,19 +259,20 @@ class Tables:
             n_partials = partials.shape[0]
             grad_norm = torch.empty((), dtype=torch.float64, device=self.device)
             gate.grad_norm = grad_norm if gate.grad_norm is None else gate.grad_norm
-        rounding_step, advance = gate.take_rounding_step()
-        counters = [
-            (counter, instead if counter is None else counter.to(self.device, non_blocking=True))
-            for counter, instead in zip((gate.take_counter(), rounding_step), self._uncounted, strict=True)
-        ]
-        found_inf = _on(self.device, gate.found_inf, self._zero)
-        grad_scale = _on(self.device, gate.grad_scale, self._one)
-        here = [count for _, count in counters]
-        prepare(grad_scale, found_inf, partials, grad_norm, *here, n_partials, advance)
-        self._uploads.keep_for_graph(partials, grad_norm, counters, found_inf, grad_scale)
-        for counter, count in counters:
-            if counter is not None and counter is not count:
-                counter.copy_(count, non_blocking=True)
+        skipped_steps, (rounding_step, advance) = gate.take_counter(), gate.take_rounding_step()
+        skipped_here = self._here(skipped_steps, self._unskipped)
+        rounding_here = self._here(rounding_step, self._unrounded)
+        found_inf = self._zero if gate.found_inf is None else _on(self.device, gate.found_inf)
+        grad_scale = self._one if gate.grad_scale is None else _on(self.device, gate.grad_scale)
+        prepare(grad_scale, found_inf, partials, grad_norm, skipped_here, rounding_here, n_partials, advance)
+        if gate.is_captured:
+            self.uploads.keep_for_graph(partials, grad_norm, skipped_here, rounding_here, found_inf, grad_scale)
+        for counter, here in (skipped_steps, skipped_here), (rounding_step, rounding_here):
+            if counter is not None and counter is not here:
+                counter.copy_(here, non_blocking=True)
+
+    def _here(self, counter: Tensor | None, instead: Tensor) -> Tensor:
+        return instead if counter is None else counter.to(self.device, non_blocking=True)
 
     def _read_hyper(self, hyper: Hyper) -> None:
         """Numbers, and the addresses of those that live on a device (odd: fp32). The tensors are kept alive."""
@@ -349,10 +346,8 @@ def squares_constants(grad: torch.dtype) -> dict[str, Any]:
     }
 
 
-def _on(device: torch.device, number: Any, default: Tensor) -> Tensor:
+def _on(device: torch.device, number: Any) -> Tensor:
     """A number of the user's as an fp32 tensor on this device."""
-    if number is None:
-        return default
     tensor = number if isinstance(number, Tensor) else torch.tensor(number, device="cpu")
     return tensor.to(device, torch.float32, non_blocking=True)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,8 @@ class Uploads:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self._context = nullcontext()
+        self._current_stream = _stream_getter(device)
         self._stream = self._current_stream()
         self._graphs: list[Any] = []  # what captured graphs read, which may neither change nor go
         self._spare: Tensor | None = None
@@ -53,7 +57,7 @@ class Uploads:
 
     def on_device(self) -> AbstractContextManager[Any]:
         """Where kernels are launched."""
-        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else self._context
 
     def _staging(self, size: int) -> Tensor:
         """Pinned memory: a captured copy reads from no other, and PyTorch 2.10 can allocate none while it captures."""
@@ -68,5 +72,12 @@ class Uploads:
     def _pinned(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.int64, device="cpu", pin_memory=self.device.type == "cuda")
 
-    def _current_stream(self) -> int:
-        return torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
+
+def _stream_getter(device: torch.device) -> Callable[[], int]:
+    """What tells the current stream of a device. torch makes an object of it, unless it is asked as Triton asks it."""
+    if device.type != "cuda":
+        return int
+    raw: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+    if raw is None:
+        return lambda: int(torch.cuda.current_stream(device).cuda_stream)
+    return partial(raw, torch.cuda.current_device() if device.index is None else device.index)

@@ -42,6 +42,7 @@ class Gate:
         self.partials: list[Tensor] = []  # float64 [n, 2]: sums of squares, and 0 where all was finite
         self._of_shards: list[tuple[int, Tensor]] = []  # the same, with the part that `ranks` are to add up
         self.is_dry = False
+        self.is_captured = False  # in a CUDA graph
         self._asked = False
         self.decided = False
         self.grad_norm: Tensor | None = None  # float64, once it is known

@@ -27,7 +27,12 @@ def hooked_step(step: Callable[..., Any]) -> Callable[..., Any]:
 
 def has_hooks(self: Any) -> bool:
     """Whether anybody is called before or after the steps of an optimizer."""
-    return has_pre_hooks(self) or has_post_hooks(self)
+    return bool(
+        self._optimizer_step_pre_hooks
+        or self._optimizer_step_post_hooks
+        or optimizer._global_optimizer_pre_hooks
+        or optimizer._global_optimizer_post_hooks
+    )
 
 
 def has_pre_hooks(self: Any) -> bool:

@@ -168,14 +168,14 @@ def test_a_capture_allocates_no_pinned_memory(graph, monkeypatch):
         return allocated[-1]
 
     monkeypatch.setattr(torch, "empty", empty)
-    before = tables._uploads._staging(10)
+    before = tables.uploads._staging(10)
     with graph:
-        captured = tables._uploads._staging(10)
+        captured = tables.uploads._staging(10)
         assert len(allocated) == 2
-    after = tables._uploads._staging(10)
+    after = tables.uploads._staging(10)
     assert captured is not before
     assert after is not captured
-    assert tables._uploads._spare is not captured
+    assert tables.uploads._spare is not captured
 
 
 def test_two_graphs(graph, monkeypatch):
