@@ -83,6 +83,7 @@ class Plan:
         self._group_sizes = [len(group["params"]) for group in optimizer.param_groups]
         state_ids = list(map(id, optimizer.state))
         self._ids = self._param_ids + state_ids
+        self._states_follow_params = state_ids == self._param_ids
         row_of = {state_id: row for row, state_id in enumerate(state_ids)}
         names: list[tuple[str, ...]] = [()] * len(state_ids)
         self._begun: list[Row] = [()] * len(state_ids)  # what stands in a row before the states, and only we replace
@@ -92,9 +93,8 @@ class Plan:
                 names[entry.row] = entry.keys
                 state = optimizer.state[params[entry.index]]
                 self._begun[entry.row] = tuple(begun_of(optimizer, name, state, begun) for name in entry.begun_names)
-        self._getters = (
-            [tuple_getter(names[0])] * len(names) if len(set(names)) == 1 else list(map(tuple_getter, names))
-        )
+        self._getters = list(map(tuple_getter, names))
+        self._getter = self._getters[0] if len(set(names)) == 1 else None  # of all
         self._has_names = list(map(bool, names))
         self._has_begun = any(self._begun)
         inside = [entry.index for entry in self.entries]
@@ -150,7 +150,11 @@ class Plan:
             local_grads: what this rank holds of their gradients; None where nothing is sharded.
         """
         # In the order of `optimizer.state`: looking a parameter up would hash it, which torch does in Python.
-        rows = [get(state) for get, state in zip(self._getters, self._states(optimizer.state), strict=True)]
+        states = self._states(optimizer.state)
+        if self._getter is not None:
+            rows = list(map(self._getter, states))
+        else:
+            rows = [get(state) for get, state in zip(self._getters, states, strict=True)]
         params = self._pick(params)
         grads = [param.grad for param in params] if local_grads is None else self._pick(local_grads)
         watched = [*params, *chain.from_iterable(rows)]
@@ -180,7 +184,7 @@ class Plan:
             or is_simulating() != self._is_simulating
             or optimizer.backend != self._backend
             or list(map(len, lists)) != self._group_sizes
-            or list(map(id, chain(params, optimizer.state))) != self._ids
+            or not self._has(params, optimizer.state)
             or (self._outside and any(params[index].grad is not None for index in self._outside))
         ):
             return None
@@ -195,6 +199,16 @@ class Plan:
         if not self._grads_lie_as_known(live) or not (self._kernels is None or self._kernels.is_current()):
             return None
         return live
+
+    def _has(self, params: Sequence[Tensor], states: Mapping[Tensor, Any]) -> bool:
+        """Whether parameters and keys of states are those of the plan, or, what is as good, stand for its memory.
+
+        Where every state is that of the parameter in its place, what they are is told by their memory, which is
+        compared afterwards.
+        """
+        if self._states_follow_params and not self.is_sharded:
+            return len(params) == len(states) and all(map(is_, params, states))
+        return list(map(id, chain(params, states))) == self._ids
 
     def compile(self, unscale: bool, reads_gradients: bool) -> None:
         """Compile what a step launches. CompileError where that cannot be; nothing has been written then."""
