@@ -51,10 +51,11 @@ def _rule_name(function) -> str:
 @triton.jit(
     repr=lambda specialization: f"fusedopt_prepare_{_rule_name(specialization.constants['SCALARS'])}",
     do_not_specialize=["n_tensors", "n_partials", "rounding_advance"],
-    # The user's tensors, which may lie anywhere.
+    # What comes with a step, from the user too, may lie anywhere.
     do_not_specialize_on_alignment=[
         "grad_scale_ptr",
         "found_inf_ptr",
+        "partials_ptr",
         "grad_norm_ptr",
         "skipped_steps_ptr",
         "rounding_step_ptr",

@@ -35,7 +35,8 @@ class TritonKernel:
     or something is unknown, Triton launches as ever.
 
     Args:
-        kernel: what `triton.jit` returned. It specializes on no number among its arguments.
+        kernel: what `triton.jit` returned. Direct are only launches of one that specializes on no number among its
+            arguments, nor on the alignment of those that are not bound.
         constants: its compile-time arguments.
         launch: launches it by Triton, given how many programs, the arguments and the constants; returns what that did.
     """
@@ -50,26 +51,19 @@ class TritonKernel:
         """A launch to be repeated: the first arguments stay the same, and where they are."""
         kernel, constants = self._kernel, self._constants
         numbers = _numbers(args)
-        direct: dict[tuple[Any, ...], tuple[Answers, Start]] = {}  # by what Triton tells the last arguments apart by
+        direct: dict[tuple[Any, ...], tuple[Answers, Start]] = {}  # by the dtypes of the last arguments
 
         def launch(*lasts: Any) -> None:
-            last_numbers = _numbers(lasts)
-            kinds = tuple(
-                [
-                    None if type(arg) is int else (arg.dtype, number % 16 == 0)
-                    for arg, number in zip(lasts, last_numbers, strict=True)
-                ]
-            )
-            now = answers(kernel)
-            known = direct.get(kinds)
-            if known is not None and known[0] == now:
-                known[1](programs, numbers + last_numbers)
+            dtypes = tuple([arg.dtype for arg in lasts if type(arg) is not int])
+            known = direct.get(dtypes)
+            if known is not None and known[0] == answers(kernel):
+                known[1](programs, numbers + _numbers(lasts) if lasts else numbers)
                 return
-            direct.pop(kinds, None)
+            direct.pop(dtypes, None)
             compiled = self._launch(kernel, programs, *args, *lasts, **constants)
-            start = None if now is None else _start(kernel, compiled, len(args) + len(lasts), constants)
-            if now is not None and start is not None:
-                direct[kinds] = now, start
+            start = _start(kernel, compiled, len(args), len(args) + len(lasts), constants)
+            if start is not None:
+                direct[dtypes] = start
 
         return launch
 
@@ -95,38 +89,43 @@ _settings = attrgetter(
 )
 
 
-def answers(kernel: Any) -> Answers | None:
-    """All that Triton looks at in a launch beside the arguments; None where something is unknown or to be called."""
-    if type(kernel) is not JITFunction or kernel.pre_run_hooks:
-        return None
+def answers(kernel: Any) -> Answers:
+    """All that Triton looks at in a launch beside the arguments; nothing where that is not to be found."""
     try:
-        settings = _settings(knobs)
+        used = kernel.used_global_vals
+        values = [names.get(name) for (name, _), (_, names) in used.items()] if used else []
+        return _settings(knobs), kernel.pre_run_hooks, values, kernel.debug, JITFunction.run, driver.active
     except AttributeError:
+        return ()
+
+
+def _is_never_specialized_on(param: Any) -> bool:
+    return bool(param.do_not_specialize or param.do_not_specialize_on_alignment)
+
+
+def _start(
+    kernel: Any, compiled: Any, n_bound: int, n_args: int, constants: dict[str, Any]
+) -> tuple[Answers, Start] | None:
+    """What starts a compiled kernel as `JITFunction.run` does, for as long as these are the answers.
+
+    None where something is unknown, to be called at every launch, or specialized on.
+    """
+    if type(kernel) is not JITFunction or not KNOWN_NAMES.issuperset(_names()):
         return None
-    if settings[0] or settings[1]:
-        return None
-    used = kernel.used_global_vals
-    values = tuple([names.get(name) for (name, _), (_, names) in used.items()]) if used else ()
-    return JITFunction.run, driver.active, kernel.debug, settings[2:], values
-
-
-def _stages_are_inspected() -> bool:
-    """Whether what Triton compiles depends on what a hook says at every launch."""
-    return getattr(knobs.runtime, "add_stages_inspection_hook", None) is not None
-
-
-def _start(kernel: Any, compiled: Any, n_args: int, constants: dict[str, Any]) -> Start | None:
-    """What starts a compiled kernel as `JITFunction.run` does; None where that is not known."""
     try:
-        if not KNOWN_NAMES.issuperset(_names()) or _stages_are_inspected():
+        if not all(map(_is_never_specialized_on, kernel.params[n_bound:n_args])):
+            return None
+        (enter_hooks, exit_hooks, *others), pre_run_hooks, *more = answers(kernel)
+        stages_hook = getattr(knobs.runtime, "add_stages_inspection_hook", None)
+        if enter_hooks or exit_hooks or pre_run_hooks or stages_hook is not None:
             return None
         get_current_stream, device = driver.active.get_current_stream, driver.active.get_current_device()
         run, function, packed = compiled.run, compiled.function, compiled.packed_metadata
         unread = [constants[name] for name in kernel.arg_names[n_args:]]
-    except (AttributeError, KeyError):
+    except (ValueError, AttributeError, KeyError):
         return None
 
     def start(programs: int, numbers: list[int]) -> None:
         run(programs, 1, 1, get_current_stream(device), function, packed, None, None, None, *numbers, *unread)
 
-    return start
+    return (([], [], *others), [], *more), start  # hooks are put into lists, which were empty

@@ -257,7 +257,7 @@ class Tables:
         if gate.partials:
             partials = gate.partials_on(self.device)
             n_partials = partials.shape[0]
-            grad_norm = torch.empty((), dtype=torch.float64, device=self.device)
+            grad_norm = self._unread.new_empty(())
             gate.grad_norm = grad_norm if gate.grad_norm is None else gate.grad_norm
         skipped_steps, (rounding_step, advance) = gate.take_counter(), gate.take_rounding_step()
         skipped_here = self._here(skipped_steps, self._unskipped)
