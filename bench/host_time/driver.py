@@ -31,6 +31,9 @@ SOURCE = Path(__file__).with_name("libcuda.c")
 class Driver(CudaDriver):
     """What Triton asks of the driver of a GPU, for one that is not there.
 
+    Args:
+        library: what stands for the driver's, None to have no launcher in C.
+
     Attributes:
         launcher: which launcher stands above it.
         launches: tells how many kernels have been launched.
@@ -39,8 +42,7 @@ class Driver(CudaDriver):
     launcher: str
     launches: Callable[[], int]
 
-    def __init__(self) -> None:
-        library = libcuda()
+    def __init__(self, library: ctypes.CDLL | None) -> None:
         if library is None:
             self.launcher, self.utils, self.launcher_cls = IN_PYTHON, _Utils(), _Launcher
             self.launches = lambda: _Launcher.launches
@@ -104,9 +106,8 @@ def libcuda() -> ctypes.CDLL | None:
 
 
 @contextmanager
-def driven() -> Iterator[Driver]:
+def driven(driver: Driver) -> Iterator[Driver]:
     """Within the context Triton launches for tensors on the CPU, and fusedopt lets it."""
-    driver = Driver()
     interprets = choice.triton_interprets
     choice.triton_interprets = lambda: True  # lets tensors on the CPU through
     triton.runtime.driver.set_active(driver)

@@ -11,33 +11,41 @@ from matplotlib.ticker import StrMethodFormatter
 from tabulate import tabulate
 
 from ..common import circumstances_in_words
+from .contenders import CLIPPED, DISPATCHED, EMPTIED, FOREACH, FUSED, ON_CPU, OURS, REAL
 
 # Colours of Okabe and Ito's palette, which colour-blind readers can tell apart.
 COLORS = {
-    "fusedopt": "#E69F00",
-    "fusedopt, compiled": "#D55E00",
-    "torch fused": "#0072B2",
-    "torch foreach": "#009E73",
+    OURS: "#E69F00",
+    CLIPPED: "#CC79A7",
+    ON_CPU: "#D55E00",
+    FUSED: "#0072B2",
+    FOREACH: "#009E73",
 }
 
-EMPTIED = """Every kernel is emptied, torch's too (`fusedopt.engines.tables.launch`, `fusedopt.engines.threads.run`, and
-torch.optim's `torch._fused_*` and `torch._foreach_*`, do nothing), so these are the times of the bookkeeping: CPU time
-of the thread, in which nothing waits. "fusedopt" keeps books for Triton's kernels: on a GPU come on top its launcher
-and copies from pinned memory, for torch the packing of addresses into launches. "compiled" is what steps on a CPU."""
-REAL = "The steps are real; the device is idle before each, and the time ends when `step()` returns."
+HOW = {
+    REAL: "The steps are real; the device is idle before each, and the time ends when `step()` returns.",
+    DISPATCHED: """fusedopt's kernels are compiled for a GPU and launched for real, by {launcher}, above a driver that
+runs nothing. torch's steps end where it would launch its own (`torch._fused_*` does nothing), so what its launches cost
+is left out. On a GPU come on top, for fusedopt, copies from pinned memory and the choice of the device.""",
+    EMPTIED: """Every kernel is emptied (Triton's launches, `fusedopt.engines.threads.run`, torch's `torch._fused_*` and
+`torch._foreach_*` do nothing), so these are the times of the bookkeeping. "fusedopt" keeps books for Triton's kernels,
+"compiled" is what steps on a CPU.""",
+}
+ON_CPU_ONLY = "It is the CPU time of the thread: nothing waits in such a step."
 
 
 def markdown(result: dict[str, Any]) -> str:
     """All tables of a result, and how to read them."""
+    kinds = list(dict.fromkeys(row["launches"] for row in result["rows"]))
+    tables = "\n\n".join(f"{HOW[kind].format(launcher=result['launcher'])}\n\n{_times(result, kind)}" for kind in kinds)
     return f"""# Host time of `{result["optimizer"]}.step()`
 
 {circumstances_in_words(result)}.
 
-{EMPTIED if result["kernels"] == "emptied" else REAL}
+Microseconds: median (lowest–90th percentile), by turns. "kernels": how many a step asks for.
+{"" if REAL in kinds else ON_CPU_ONLY}
 
-Microseconds: median (lowest–90th percentile), by turns. "kernels": {_kernels_are(result)}.
-
-{_times(result)}
+{tables}
 
 Between two steps {"; or ".join(result["changes"].values())}.
 
@@ -50,21 +58,18 @@ they call. cProfile makes every call of a Python function dearer, so only the sh
 """
 
 
-def _kernels_are(result: dict[str, Any]) -> str:
-    return "calls of what is emptied" if result["kernels"] == "emptied" else "launches in a step"
-
-
-def _times(result: dict[str, Any]) -> str:
+def _times(result: dict[str, Any], launches: str) -> str:
     by_case: dict[tuple[int, int, str], dict[str, dict[str, Any]]] = {}
     for row in result["rows"]:
-        by_case.setdefault((row["tensors"], row["groups"], row["change"]), {})[row["contender"]] = row
-    names = _contenders(result)
+        if row["launches"] == launches:
+            by_case.setdefault((row["tensors"], row["groups"], row["change"]), {})[row["contender"]] = row
+    names = _contenders(result, launches)
     headers = ["tensors", "groups", "changes", *names, "of torch fused's", "kernels"]
     cells = [
         [
             *case,
             *(_spread(rows[name]) for name in names),
-            f"{rows['fusedopt']['median'] / rows['torch fused']['median']:.0%}",
+            f"{rows[OURS]['median'] / rows[FUSED]['median']:.0%}",
             ", ".join(str(rows[name]["kernels"]) for name in names),
         ]
         for case, rows in by_case.items()
@@ -73,8 +78,8 @@ def _times(result: dict[str, Any]) -> str:
     return tabulate(cells, headers, "github", disable_numparse=True, colalign=alignment)
 
 
-def _contenders(result: dict[str, Any]) -> list[str]:
-    there = {row["contender"] for row in result["rows"]}
+def _contenders(result: dict[str, Any], launches: str) -> list[str]:
+    there = {row["contender"] for row in result["rows"] if row["launches"] == launches}
     return [name for name in COLORS if name in there]
 
 
@@ -84,12 +89,13 @@ def _spread(row: dict[str, Any]) -> str:
 
 
 def _aims(result: dict[str, Any]) -> str:
-    headers = ["tensors", "groups", "changes", "aim: of torch fused's", "measured", "missed by"]
+    headers = ["tensors", "groups", "changes", "aim", "measured", "missed by"]
     cells = []
     for aim in result["aims"]:
-        missed = f"{aim['measured'] / aim['aim'] - 1:.0%}" if aim["measured"] > aim["aim"] else ""
-        row = [aim["tensors"], aim["groups"], aim["change"], f"{aim['aim']:.0%}", f"{aim['measured']:.0%}", missed]
-        cells.append(row)
+        words = "{:.0%} of torch fused's" if aim["is_share"] else "`max_grad_norm` adds {:.0f} µs"
+        most, measured = (words.format(aim[key] * (1 if aim["is_share"] else 1e6)) for key in ("most", "measured"))
+        missed = f"{aim['measured'] / aim['most'] - 1:.0%}" if aim["measured"] > aim["most"] else ""
+        cells.append([aim["tensors"], aim["groups"], aim["change"], most, measured, missed])
     alignment = ("right", "right", "left", *["right"] * 3)
     return tabulate(cells, headers, "github", disable_numparse=True, colalign=alignment)
 
@@ -118,10 +124,11 @@ def draw(result: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(8, 5), layout="constrained")
     panel = figure.subplots()
     styles = dict(zip(result["changes"], ("-", "--", ":"), strict=True))
-    names = _contenders(result)
+    launches = result["rows"][0]["launches"]
+    names = _contenders(result, launches)
     for name in names:
         for change, style in styles.items():
-            rows = [row for row in result["rows"] if row["groups"] == 1]
+            rows = [row for row in result["rows"] if row["groups"] == 1 and row["launches"] == launches]
             rows = [row for row in rows if (row["contender"], row["change"]) == (name, change)]
             x, y = [row["tensors"] for row in rows], [1e6 * row["median"] for row in rows]
             panel.loglog(x, y, color=COLORS[name], linestyle=style, marker="o", markersize=4, linewidth=2)
@@ -133,7 +140,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     panel.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     panel.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     panel.set_xlabel("tensors, in one group", fontsize=12)
-    kernels = "kernels emptied" if result["kernels"] == "emptied" else result["device"]
+    kernels = result["device"] if launches == REAL else "launched above a driver that runs nothing"
     panel.set_title(f"host time of {result['optimizer']}.step() (µs), {kernels}", fontsize=12, loc="left")
     panel.grid(color="0.9")
     panel.spines[["top", "right"]].set_visible(False)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch import Tensor
 from triton import knobs
 from triton.runtime import JITFunction, driver
 
@@ -19,11 +18,18 @@ KNOWN_NAMES = frozenset(
     debug device_caches driver fpsan_homomorphic_casts function get get_current_device get_current_stream hasattr
     instrumentation_mode items knobs launch_enter_hook launch_exit_hook launch_metadata len object packed_metadata
     pre_run_hooks result run runtime used_global_vals values
-    """.split()
+    """.split()  # noqa: SIM905
 )
 
 Answers = tuple[Any, ...]
-Start = Callable[[int, list[int]], None]  # of the number of programs and all arguments but the compile-time ones
+
+
+class Direct(NamedTuple):
+    """A launch without Triton's dispatch."""
+
+    answers: Answers  # with which it may be used
+    start: Callable[[int, list[int]], None]  # given the number of programs and all arguments but the compile-time ones
+    compiled: Any  # kept alive: it owns the code
 
 
 class TritonKernel:
@@ -37,33 +43,33 @@ class TritonKernel:
     Args:
         kernel: what `triton.jit` returned. Direct are only launches of one that specializes on no number among its
             arguments, nor on the alignment of those that are not bound.
-        constants: its compile-time arguments.
-        launch: launches it by Triton, given how many programs, the arguments and the constants; returns what that did.
+        options: its compile-time arguments, and what else Triton is told.
+        launch: launches it by Triton, given how many programs, the arguments and the options; returns what that did.
     """
 
-    def __init__(self, kernel: Any, constants: dict[str, Any], launch: Callable[..., Any]) -> None:
-        self._kernel, self._constants, self._launch = kernel, constants, launch
+    def __init__(self, kernel: Any, options: dict[str, Any], launch: Callable[..., Any]) -> None:
+        self._kernel, self._options, self._launch = kernel, options, launch
 
     def __call__(self, programs: int, elements: int, *args: Any) -> None:
         self.bound(programs, elements, *args)()
 
     def bound(self, programs: int, elements: int, *args: Any) -> Launch:
         """A launch to be repeated: the first arguments stay the same, and where they are."""
-        kernel, constants = self._kernel, self._constants
+        kernel, options = self._kernel, self._options
         numbers = _numbers(args)
-        direct: dict[tuple[Any, ...], tuple[Answers, Start]] = {}  # by the dtypes of the last arguments
+        direct: dict[tuple[Any, ...], Direct] = {}  # by the dtypes of the last arguments
 
         def launch(*lasts: Any) -> None:
             dtypes = tuple([arg.dtype for arg in lasts if type(arg) is not int])
             known = direct.get(dtypes)
-            if known is not None and known[0] == answers(kernel):
-                known[1](programs, numbers + _numbers(lasts) if lasts else numbers)
+            if known is not None and known.answers == answers(kernel):
+                known.start(programs, numbers + _numbers(lasts) if lasts else numbers)
                 return
             direct.pop(dtypes, None)
-            compiled = self._launch(kernel, programs, *args, *lasts, **constants)
-            start = _start(kernel, compiled, len(args), len(args) + len(lasts), constants)
-            if start is not None:
-                direct[dtypes] = start
+            compiled = self._launch(kernel, programs, *args, *lasts, **options)
+            known = _direct(kernel, compiled, len(args), len(args) + len(lasts), options)
+            if known is not None:
+                direct[dtypes] = known
 
         return launch
 
@@ -103,10 +109,8 @@ def _is_never_specialized_on(param: Any) -> bool:
     return bool(param.do_not_specialize or param.do_not_specialize_on_alignment)
 
 
-def _start(
-    kernel: Any, compiled: Any, n_bound: int, n_args: int, constants: dict[str, Any]
-) -> tuple[Answers, Start] | None:
-    """What starts a compiled kernel as `JITFunction.run` does, for as long as these are the answers.
+def _direct(kernel: Any, compiled: Any, n_bound: int, n_args: int, options: dict[str, Any]) -> Direct | None:
+    """How `JITFunction.run` starts what it has just compiled, or found.
 
     None where something is unknown, to be called at every launch, or specialized on.
     """
@@ -121,11 +125,12 @@ def _start(
             return None
         get_current_stream, device = driver.active.get_current_stream, driver.active.get_current_device()
         run, function, packed = compiled.run, compiled.function, compiled.packed_metadata
-        unread = [constants[name] for name in kernel.arg_names[n_args:]]
+        unread = [options[name] for name in kernel.arg_names[n_args:]]
     except (ValueError, AttributeError, KeyError):
         return None
 
     def start(programs: int, numbers: list[int]) -> None:
         run(programs, 1, 1, get_current_stream(device), function, packed, None, None, None, *numbers, *unread)
 
-    return (([], [], *others), [], *more), start  # hooks are put into lists, which were empty
+    # Hooks are put into the very lists that were empty.
+    return Direct((([], [], *others), [], *more), start, compiled)

@@ -18,6 +18,7 @@ from ..storage import dtypes
 from ..storage.averaging import EMA, EMA_BEGUN
 from .signature import Signature
 from .tables import Item, Tables, number_address
+from .uploads import Uploads
 
 NO_ELEMENTS = 1  # in place of the address of a gradient that is there but empty; 0 means that there is none
 
@@ -45,6 +46,7 @@ class KernelStep:
             Tables(optimizer, together[turn, device, engine], n_hyper, device, engine)
             for turn, device, engine in sorted(together, key=lambda key: key[0])
         ]
+        self._uploads = [tables.uploads for tables in self._tables]
 
     def _item(self, optimizer: OptimizerLike, position: int, entry: Entry, param: Tensor, row: Row) -> Item:
         stride = layout.dense_stride(param)
@@ -73,10 +75,7 @@ class KernelStep:
 
     def is_current(self) -> bool:
         """Whether every table belongs to the stream that is current, or is kept for the graph that is captured."""
-        for tables in self._tables:
-            if not tables.uploads.is_current():
-                return False
-        return True
+        return all(map(Uploads.is_current, self._uploads))
 
     def compile(self, unscale: bool, reads_gradients: bool) -> None:
         """Have everything that a step launches."""

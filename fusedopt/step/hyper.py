@@ -113,11 +113,10 @@ class Hyper:
 
     def _put(self, index: int, name: str, value: Any) -> bool:
         """Whether a value that matters is another one than before."""
-        row, place = self.rows[index], self._singles.get(name)
-        if place is not None and type(value) is float and type(row[place]) is float:  # as a scheduler leaves it
-            changed = row[place] != value
-            row[place] = value
-            return changed
+        row = self.rows[index]
+        if type(value) is float and name in self._singles:  # as a scheduler leaves it
+            old, row[self._singles[name]] = row[self._singles[name]], value
+            return isinstance(old, Tensor) or old != value
         if name == KEYS["ema_decay"]:
             row[-1] = float(value or 0.0)
         if name not in self._ends:

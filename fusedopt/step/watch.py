@@ -12,6 +12,7 @@ try:
 except ImportError:
     TensorGuards = None
 
+_address: Callable[[Any], int] = Tensor.data_ptr
 BLOCK = 512  # tensors that the processor's cache holds while they are looked at twice
 
 
@@ -40,7 +41,7 @@ class Watch:
             return False
         for i, (place, same_metas) in enumerate(self._blocks):
             block = tensors[place]
-            if self.addresses is not None and list(map(Tensor.data_ptr, block)) != self.addresses[i]:
+            if self.addresses is not None and list(map(_address, block)) != self.addresses[i]:
                 return False
             if not same_metas(*block):
                 return False
