@@ -150,7 +150,7 @@ class Tables:
         # In place of what a step has not.
         self._one = torch.ones((), dtype=torch.float32, device=device)
         self._zero = torch.zeros((), dtype=torch.float32, device=device)
-        self._unread = torch.zeros(1, dtype=torch.float64, device=device)
+        self._unread = torch.zeros((), dtype=torch.float64, device=device)
         self._unskipped, self._unrounded = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
 
         # What may differ between two steps: gradients, numbers, addresses of numbers, limits.
@@ -261,7 +261,7 @@ class Tables:
         if gate.partials:
             partials = gate.partials_on(self.device)
             n_partials = partials.shape[0]
-            grad_norm = self._unread.new_empty(())
+            grad_norm = torch.empty_like(self._unread)
             gate.grad_norm = grad_norm if gate.grad_norm is None else gate.grad_norm
         skipped_steps, (rounding_step, advance) = gate.take_counter(), gate.take_rounding_step()
         skipped_here = self._here(skipped_steps, self._unskipped)
@@ -271,7 +271,7 @@ class Tables:
         prepare(grad_scale, found_inf, partials, grad_norm, skipped_here, rounding_here, n_partials, advance)
         if gate.is_captured:
             self.uploads.keep_for_graph(partials, grad_norm, skipped_here, rounding_here, found_inf, grad_scale)
-        for counter, here in (skipped_steps, skipped_here), (rounding_step, rounding_here):
+        for counter, here in ((skipped_steps, skipped_here), (rounding_step, rounding_here)):
             if counter is not None and counter is not here:
                 counter.copy_(here, non_blocking=True)
 
