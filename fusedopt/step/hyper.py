@@ -36,7 +36,7 @@ class Hyper:
         self._ends = dict(zip(self._defaults, ends, strict=True))  # of each name's place in a row
         self._singles = {name: self._ends[name] - 1 for name in self._defaults if name not in self._sequences}
         self._sizes: list[int] = []
-        self._getters: list[Callable[[Group], tuple[Any, ...]]] = []  # of all keys of each group
+        self._getters: list[Callable[[Group], tuple[Any, ...]]] = []  # of all keys of each group but `params`
         self._places: list[tuple[int, str]] = []  # group and key of each value
         self._values: list[Any] = []
         self._volatile: list[int] = []  # which of those that matter may change within themselves
@@ -77,8 +77,9 @@ class Hyper:
             for group in groups:
                 group[name]  # KeyError
         self._sizes = sizes
-        self._getters = [tuple_getter(tuple(group)) for group in groups]
-        self._places = [(index, name) for index, group in enumerate(groups) for name in group]
+        names = [[name for name in group if name != "params"] for group in groups]  # which are not to be kept alive
+        self._getters = list(map(tuple_getter, names))
+        self._places = [(index, name) for index, of_group in enumerate(names) for name in of_group]
         self._values = self._read(groups)
         self.rows = [[0.0] * (self.count + 1) for _ in groups]
         new = [
