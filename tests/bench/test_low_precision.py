@@ -1,4 +1,4 @@
-"""`python -m bench.low_precision`, what its committed result says, and README's copy of it."""
+"""`python -m bench.low_precision`, what its committed result says, and the copy of it in docs/low-precision.md."""
 
 import importlib
 import json
@@ -82,13 +82,13 @@ def test_committed_run_is_the_default_one(low_precision, monkeypatch):
     assert [row["options"] for row in COMMITTED["rows"]] == [mode.label for mode in low_precision.MODES]
 
 
-def test_readme_shows_the_committed_run(low_precision):
-    readme = (ROOT / "README.md").read_text()
+def test_its_page_shows_the_committed_run(low_precision):
+    page = (ROOT / "docs" / "low-precision.md").read_text()
     table = low_precision.table([low_precision.Row(**row) for row in COMMITTED["rows"]], "github")
-    assert table in readme, f"README should say\n{table}"
-    assert COMMITTED["command"] in readme
+    assert table in page, f"the page should say\n{table}"
+    assert COMMITTED["command"] in page
     for number in (COMMITTED["torch"].partition("+")[0], f"lr={COMMITTED['hyperparameters']['lr']:g}"):
-        assert number in readme
+        assert number in page
 
 
 def test_table_tells_median_range_and_difference(low_precision):

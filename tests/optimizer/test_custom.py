@@ -1,4 +1,4 @@
-"""Optimizers that users declare: README's, word by word, and declarations that do not hold together."""
+"""Optimizers that users declare: the one of docs/custom.md, word by word, and declarations that do not hold together."""
 
 import copy
 import importlib.util
@@ -15,13 +15,13 @@ import fusedopt
 from tests.conftest import DEVICE
 from tests.twins import ENGINES
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "custom.md").read_text()
 
 
 @pytest.fixture(scope="module")
 def readme_class(tmp_path_factory):
-    """The class of README's section, from a file of its own: Triton reads the source of what it compiles."""
-    (block,) = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "(FusedOptimizer)" in block]
+    """The class of the page, from a file of its own: Triton reads the source of what it compiles."""
+    (block,) = [block for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if "(FusedOptimizer)" in block]
     path = tmp_path_factory.mktemp("readme") / "adabelief.py"
     path.write_text(block)
     spec = importlib.util.spec_from_file_location("adabelief", path)

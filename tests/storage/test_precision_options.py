@@ -44,7 +44,7 @@ def test_complex_states_have_parts_of_the_dtype(backend):
 
 @every_mode
 def test_a_users_own_rule(readme_class, mode, backend):  # noqa: F811
-    """README's AdaBelief takes the options of every optimizer, and does what a wide run does."""
+    """The AdaBelief of docs/custom.md takes the options of every optimizer, and does what a wide run does."""
     params, wide_params = make_params(mode.dtype), [p.detach().float() for p in make_params(mode.dtype)]
     optimizer = readme_class(params, lr=0.01, backend=backend, **mode.options)
     wide = readme_class(wide_params, lr=0.01, backend=backend)
