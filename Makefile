@@ -9,7 +9,7 @@ VENV := .venv$(TORCH:%=-torch-%)
 BIN := $(VENV)/bin
 
 .NOTPARALLEL:
-.PHONY: demo test lint bench gpu clean
+.PHONY: demo test lint docs bench gpu clean
 
 $(VENV)/%.done: pyproject.toml setup.py $(VENV)/constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable ".[$*]"
@@ -36,6 +36,11 @@ lint: $(VENV)/lint.done
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	cd tests/typed && PYTHONPATH=$(CURDIR) $(CURDIR)/$(BIN)/mypy --strict --explicit-package-bases --config-file= \
+		--cache-dir=$(CURDIR)/.mypy_cache/typed user.py
+
+docs: $(VENV)/docs.done
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 clean:
 	rm -rf .venv .venv-torch-* build *.egg-info

@@ -91,3 +91,7 @@ def test_page_tells_the_row_of_the_table():
         page = (DOCS / f"optimizers/{optimizer.lower()}.md").read_text()
         told = set(re.findall(r"^\| (?:[^|]* \| )?([^|]*) \| (\d+) \| ", page, re.MULTILINE))
         assert told == listed, optimizer
+
+
+def test_citation_tells_the_version():
+    assert f"\nversion: {fusedopt.__version__}\n" in (ROOT / "CITATION.cff").read_text()

@@ -1,0 +1,24 @@
+"""What a type checker tells the users of this package. `make lint` checks it from outside, as installed packages are."""
+
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+from typing_extensions import assert_type
+
+import fusedopt
+from fusedopt.backward import StepInBackward
+
+model = torch.nn.Linear(20, 1)
+optimizer = fusedopt.AdamW(model.parameters(), lr=1e-3, max_grad_norm=1.0, state_dtype=torch.bfloat16)
+assert_type(optimizer, fusedopt.AdamW)
+assert_type(optimizer.grad_norm, Tensor | None)
+assert_type(optimizer.skipped_steps, Tensor)
+assert_type(optimizer.swap_ema(), AbstractContextManager[None])
+optimizer.step()
+torch.optim.lr_scheduler.StepLR(optimizer, 10)
+assert_type(fusedopt.step_in_backward(model, lambda params: fusedopt.SGD(params, lr=0.1)), StepInBackward)
+
+fusedopt.warmup(model)  # type: ignore[arg-type]
+fusedopt.AdamW(model.parameters(), learning_rate=1e-3)  # type: ignore[call-arg]
+fusedopt.AdamW(model.parameters(), kahan="yes")  # type: ignore[arg-type]
