@@ -109,8 +109,19 @@ class Hyper:
                 check_group(groups, index)
             self.max_grad_norm = option(groups[0], "max_grad_norm") if groups else None
             self.skip_nonfinite = bool(groups and option(groups[0], "skip_nonfinite"))
-        changed = {name for index, name, value in new if self._put(index, name, value)}
-        if self._volatile or not all(type(value) is float for _, _, value in new):
+        changed = set()
+        only_floats = True
+        for index, name, value in new:
+            place, row = self._singles.get(name), self.rows[index]
+            if place is not None and type(value) is float and type(row[place]) is float:  # as a scheduler leaves it
+                if row[place] != value:
+                    row[place] = value
+                    changed.add(name)
+            else:
+                only_floats = False
+                if self._put(index, name, value):
+                    changed.add(name)
+        if self._volatile or not only_floats:
             self._volatile = [i for i, value in enumerate(self._values) if not _immutable(value)]
             self.on_device = any(isinstance(number, Tensor) for number in flat(self.rows))
         self.version += bool(changed)
@@ -119,9 +130,6 @@ class Hyper:
     def _put(self, index: int, name: str, value: Any) -> bool:
         """Whether a value that matters is another one than before."""
         row = self.rows[index]
-        if type(value) is float and name in self._singles:  # as a scheduler leaves it
-            old, row[self._singles[name]] = row[self._singles[name]], value
-            return isinstance(old, Tensor) or old != value
         if name == KEYS["ema_decay"]:
             row[-1] = float(value or 0.0)
         if name not in self._ends:
