@@ -82,8 +82,7 @@ class Plan:
         self._param_ids = list(map(id, params))
         self._group_sizes = [len(group["params"]) for group in optimizer.param_groups]
         state_ids = list(map(id, optimizer.state))
-        self._ids = self._param_ids + state_ids
-        self._states_follow_params = state_ids == self._param_ids
+        self._state_ids = None if state_ids == self._param_ids else state_ids  # the usual order needs no second list
         row_of = {state_id: row for row, state_id in enumerate(state_ids)}
         names: list[tuple[str, ...]] = [()] * len(state_ids)
         self._begun: list[Row] = [()] * len(state_ids)  # what stands in a row before the states, and only we replace
@@ -201,14 +200,12 @@ class Plan:
         return live
 
     def _has(self, params: Sequence[Tensor], states: Mapping[Tensor, Any]) -> bool:
-        """Whether parameters and keys of states are those of the plan, or, what is as good, stand for its memory.
-
-        Where every state is that of the parameter in its place, what they are is told by their memory, which is
-        compared afterwards.
-        """
-        if self._states_follow_params and not self.is_sharded:
-            return len(params) == len(states) and all(map(is_, params, states))
-        return list(map(id, chain(params, states))) == self._ids
+        """Whether parameters and keys of states are the very ones of the plan, in its order."""
+        if list(map(id, params)) != self._param_ids:
+            return False
+        if self._state_ids is None:
+            return len(states) == len(params) and all(map(is_, params, states))
+        return list(map(id, states)) == self._state_ids
 
     def compile(self, unscale: bool, reads_gradients: bool) -> None:
         """Compile what a step launches. CompileError where that cannot be; nothing has been written then."""

@@ -36,10 +36,12 @@ class Hyper:
         self._ends = dict(zip(self._defaults, ends, strict=True))  # of each name's place in a row
         self._singles = {name: self._ends[name] - 1 for name in self._defaults if name not in self._sequences}
         self._sizes: list[int] = []
-        self._getters: list[Callable[[Group], tuple[Any, ...]]] = []  # of all keys of each group but `params`
+        # Of each group, the keys that matter and then all others; how many matter, and are kept.
+        self._getters: list[Callable[[Group], tuple[Any, ...]]] = []
+        self._counts: list[int] = []
         self._places: list[tuple[int, str]] = []  # group and key of each value
         self._values: list[Any] = []
-        self._volatile: list[int] = []  # which of those that matter may change within themselves
+        self._volatile: list[int] = []  # which of them may change within themselves
         self.rows: list[list[Number]] = []
         self.on_device = False  # whether a number is a tensor on a device
         self.max_grad_norm: float | None = None
@@ -73,12 +75,16 @@ class Hyper:
 
     def _begin(self, groups: Sequence[Group], sizes: list[int]) -> set[str]:
         """Read groups of other keys than before, of which nothing is known."""
-        for name in self._required:
-            for group in groups:
+        for group in groups:
+            for name in self._required:
                 group[name]  # KeyError
         self._sizes = sizes
-        names = [[name for name in group if name != "params"] for group in groups]  # which are not to be kept alive
-        self._getters = list(map(tuple_getter, names))
+        names = [[name for name in group if name in self._matter] for group in groups]
+        self._getters = [
+            tuple_getter([*of_group, *(name for name in group if name not in self._matter)])
+            for of_group, group in zip(names, groups, strict=True)
+        ]
+        self._counts = list(map(len, names))
         self._places = [(index, name) for index, of_group in enumerate(names) for name in of_group]
         self._values = self._read(groups)
         self.rows = [[0.0] * (self.count + 1) for _ in groups]
@@ -91,7 +97,9 @@ class Hyper:
         return self._matter
 
     def _read(self, groups: Sequence[Group]) -> list[Any]:
-        return list(flat([get(group) for get, group in zip(self._getters, groups, strict=True)]))
+        return list(
+            flat([get(group)[:count] for get, count, group in zip(self._getters, self._counts, groups, strict=True)])
+        )
 
     def _take(self, groups: Sequence[Group], new: Sequence[tuple[int, str, Any]]) -> set[str]:
         """Put new values, each with its group and name, into their places; the names of those that are different."""
@@ -101,13 +109,20 @@ class Hyper:
                 check_group(groups, index)
             self.max_grad_norm = option(groups[0], "max_grad_norm") if groups else None
             self.skip_nonfinite = bool(groups and option(groups[0], "skip_nonfinite"))
-        changed = {name for index, name, value in new if self._put(index, name, value)}
-        if self._volatile or not all(type(value) is float for _, _, value in new):
-            self._volatile = [
-                i
-                for i, ((_, name), value) in enumerate(zip(self._places, self._values, strict=True))
-                if name in self._matter and not _immutable(value)
-            ]
+        changed = set()
+        only_floats = True
+        for index, name, value in new:
+            place, row = self._singles.get(name), self.rows[index]
+            if place is not None and type(value) is float and type(row[place]) is float:  # as a scheduler leaves it
+                if row[place] != value:
+                    row[place] = value
+                    changed.add(name)
+            else:
+                only_floats = False
+                if self._put(index, name, value):
+                    changed.add(name)
+        if self._volatile or not only_floats:
+            self._volatile = [i for i, value in enumerate(self._values) if not _immutable(value)]
             self.on_device = any(isinstance(number, Tensor) for number in flat(self.rows))
         self.version += bool(changed)
         return changed
@@ -115,9 +130,6 @@ class Hyper:
     def _put(self, index: int, name: str, value: Any) -> bool:
         """Whether a value that matters is another one than before."""
         row = self.rows[index]
-        if type(value) is float and name in self._singles:  # as a scheduler leaves it
-            old, row[self._singles[name]] = row[self._singles[name]], value
-            return isinstance(old, Tensor) or old != value
         if name == KEYS["ema_decay"]:
             row[-1] = float(value or 0.0)
         if name not in self._ends:

@@ -30,10 +30,11 @@ class GradMemory:
         Returns:
             Those gradients with their copies, for `layout.write_back` after the step.
         """
-        if len(live.present) < 2:
+        present = live.present
+        if len(present) < 2:
             return []
         positions = [position for position, grad in enumerate(live.grads) if grad is not None]
-        starts = np.array([layout.in_memory(grad).data_ptr() for grad in live.present])
+        starts = np.array([layout.in_memory(grad).data_ptr() for grad in present])
         order = starts.argsort()
         starts, ends = starts[order], (starts + self._reaches[positions])[order]
         apart = starts[1:] >= np.maximum.accumulate(ends)[:-1]
@@ -43,7 +44,7 @@ class GradMemory:
         live.grads = grads = list(live.grads)
         parted = []
         for i in order[np.bincount(blocks)[blocks] > 1]:
-            grad = live.present[i]
+            grad = present[i]
             grads[positions[i]] = copy = grad.clone()
             parted.append((grad, copy))
         return parted

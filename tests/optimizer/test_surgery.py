@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import fusedopt
+from fusedopt.options import KEYS
 from tests.cases import BF16, CASES, FP32
 from tests.conftest import DEVICE
 from tests.twins import BACKENDS, IN_TORCH, assert_same, bits
@@ -183,12 +184,50 @@ def test_a_shallow_copy_shares_states_and_what_has_begun(backend):
 
 def test_nothing_holds_what_is_gone(backend):
     optimizer = fusedopt.SGD(make_params(), lr=0.1, momentum=0.9, dampening=0.5, ema_decay=0.5, backend=backend)
+    optimizer.param_groups[0]["mine"] = torch.ones(1)
     train(optimizer, 0)
     gone = [weakref.ref(value) for param, state in optimizer.state.items() for value in (param, *state.values())]
+    gone.append(weakref.ref(optimizer.param_groups[0].pop("mine")))
     optimizer.state.clear()
     optimizer.param_groups[0]["params"] = make_params()
     gc.collect()
     assert not any(reference() is not None for reference in gone)
+
+
+def test_a_key_comes_as_another_goes(backend):
+    optimizer, other = (fusedopt.SGD(make_params(), lr=0.1, momentum=0.9, backend=backend) for _ in range(2))
+    group = optimizer.param_groups[0]
+    group["mine"] = 1
+    train(optimizer, 0)
+    del group["mine"]
+    group[KEYS["max_grad_norm"]] = 1e-3
+    train(optimizer, 1)
+    train(other, 0)
+    other.param_groups[0][KEYS["max_grad_norm"]] = 1e-3
+    train(other, 1)
+    assert optimizer.grad_norm == other.grad_norm > 1e-3
+    assert_same_buffers(optimizer, other)
+
+
+def test_other_parameters_on_the_same_memory(backend):
+    """With the states of those that they replace. One has no gradient, and is to be remembered all the same."""
+    params = make_params()
+    optimizer = fusedopt.AdamW(params, lr=0.1, backend=backend)
+    twins = [torch.nn.Parameter(param.detach().clone()) for param in params]
+    theirs = torch.optim.AdamW(twins, lr=0.1)
+    for step in range(4):
+        for param, twin in zip(optimizer.param_groups[0]["params"], twins, strict=True):
+            param.grad, twin.grad = (torch.full_like(param, 0.5 + step) for _ in range(2))
+        if step:
+            optimizer.param_groups[0]["params"][-1].grad = twins[-1].grad = None
+        optimizer.step()
+        theirs.step()
+        new = {param: torch.nn.Parameter(param.data) for param in optimizer.param_groups[0]["params"]}
+        optimizer.param_groups[0]["params"][:] = new.values()
+        states = [(new[param], state) for param, state in optimizer.state.items()]
+        optimizer.state.clear()
+        optimizer.state.update(states)
+    torch.testing.assert_close(optimizer.param_groups[0]["params"], twins)
 
 
 def test_groups_keep_the_count(backend):
