@@ -17,9 +17,7 @@ from mkdocs.exceptions import PluginError
 
 to_mathml = LatexToMathML(fancy_error=False).convert_with_local_state
 # What arithmatex makes of dollars.
-EQUATION = re.compile(
-    r'<(?P<tag>span|div) class="arithmatex">\\(?P<kind>[(\[])(?P<tex>.*?)\\[)\]]</(?P=tag)>', re.DOTALL
-)
+EQUATION = re.compile(r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<tex>.*?)\\[)\]]</(?P=tag)>', re.DOTALL)
 # What a browser loads by itself; a link is followed by its reader.
 LOADED = re.compile(
     r"""<(?:script|img|iframe|source|video|audio|embed)\b[^>]*\bsrc=["']?(?:https?:)?//"""
@@ -73,9 +71,10 @@ def on_page_content(content: str, page: Any, **kwargs: Any) -> str:
     """Write the page's equations as MathML."""
 
     def mathml(match: re.Match[str]) -> str:
-        tex = html.unescape(match["tex"])
+        tex, block = html.unescape(match["tex"]), match["tag"] == "div"
         try:
-            return to_mathml(tex, displaystyle=match["kind"] == "[")
+            math = to_mathml(tex, displaystyle=block)
+            return f'<div class="equation">{math}</div>' if block else math
         except LatexError as error:
             raise PluginError(f"{page.file.src_uri}: {tex}: {error}") from error
 

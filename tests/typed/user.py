@@ -1,4 +1,4 @@
-"""What a type checker tells the users of this package. `make lint` checks it from outside, as installed packages are."""
+"""What a type checker tells users of this package: `make lint` runs it as if the package were installed."""
 
 from contextlib import AbstractContextManager
 
