@@ -1,4 +1,4 @@
-"""Optimizers that users declare: the one of docs/custom.md, word by word, and declarations that do not hold together."""
+"""Optimizers that users declare: that of docs/custom.md, word by word, and declarations that do not hold together."""
 
 import copy
 import importlib.util
