@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import re
 import time
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -141,7 +142,8 @@ def _address(name: str, constants: dict[str, Any]) -> int:
 
 def _reason(error: Exception) -> str:
     """What went wrong, and in which line, without numba's way there."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("Failed in ")]
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # numba writes in bold where colorama is installed
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("Failed in ")]
     places = [line.rstrip(":") for line in lines if line.startswith("File ")]
     return f"{type(error).__name__}: {' in '.join(lines[:1] + places[:1])}"
 
