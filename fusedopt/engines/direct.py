@@ -60,7 +60,7 @@ class TritonKernel:
         direct: dict[tuple[Any, ...], Direct] = {}  # by the dtypes of the last arguments
 
         def launch(*lasts: Any) -> None:
-            dtypes = tuple([arg.dtype for arg in lasts if type(arg) is not int])
+            dtypes = tuple([arg.dtype for arg in lasts if type(arg) is not int]) if lasts else ()
             known = direct.get(dtypes)
             if known is not None and known.answers == answers(kernel):
                 known.start(programs, numbers + _numbers(lasts) if lasts else numbers)
