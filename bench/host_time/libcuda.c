@@ -11,8 +11,10 @@ int cuInit(unsigned flags) { return 0; }
 int cuDriverGetVersion(int *version) { *version = 13000; return 0; }
 int cuDeviceGet(int *device, int ordinal) { *device = ordinal; return 0; }
 int cuDeviceGetAttribute(int *value, int attribute, int device) { *value = 1 << 16; return 0; }
+int cuDeviceGetCount(int *count) { *count = 1; return 0; }
 int cuDevicePrimaryCtxRetain(void **context, int device) { *context = &launches; return 0; }
 int cuCtxGetCurrent(void **context) { *context = &launches; return 0; }
+int cuCtxGetDevice(int *device) { *device = 0; return 0; }
 int cuCtxSetCurrent(void *context) { return 0; }
 int cuCtxGetLimit(size_t *value, int limit) { *value = 0; return 0; }
 int cuCtxSetLimit(int limit, size_t value) { return 0; }
