@@ -30,13 +30,16 @@ _seconds = 0.0  # that compiling has taken
 
 
 class Kernel(Protocol):
-    """A kernel of any engine, given how many programs it has, of how many elements in all, and the arguments."""
-
-    def __call__(self, programs: int, elements: int, *args: Any) -> None:
-        """Launch it."""
+    """A kernel of any engine."""
 
     def bound(self, programs: int, elements: int, *args: Any) -> Launch:
-        """A launch to be repeated, by one thread at a time: the first arguments stay the same, and where they are."""
+        """A launch to be repeated, by one thread at a time: the first arguments stay the same, and where they are.
+
+        Args:
+            programs: how many there are.
+            elements: how many they have in all.
+            args: the first of its arguments, all if the launch is to be given none.
+        """
 
 
 class CompileError(RuntimeError):
@@ -44,7 +47,7 @@ class CompileError(RuntimeError):
 
 
 class CompiledKernels:
-    """The kernels of `fusedopt.kernels.cpu`, each as a function of programs, elements and arguments.
+    """The kernels of `fusedopt.kernels.cpu`, to be bound to their arguments.
 
     All raise `CompileError`.
     """
@@ -83,7 +86,7 @@ def _plain(value: Any) -> Any:
 
 
 class CompiledKernel:
-    """Machine code, to be called with the number of programs, how many elements they have, and its arguments."""
+    """A kernel as machine code."""
 
     def __init__(self, address: int) -> None:
         from ..kernels.cpu import TAKEN
@@ -91,25 +94,23 @@ class CompiledKernel:
         self._address, self._function = address, _Function(address)
         self._taken, self._table = TAKEN, ctypes.c_int64 * (TAKEN + 1)
 
-    def __call__(self, programs: int, elements: int, *args: Any) -> None:
-        self.bound(programs, elements, *args)()
-
     def bound(self, programs: int, elements: int, *args: Any) -> Launch:
-        """A call to be repeated, by one thread at a time: the first arguments stay the same, and where they are."""
+        """A launch, as `Kernel` has it."""
         function, address, taken = self._function, self._address, self._taken
-        table = self._table(programs, *_numbers(args))
+        table = self._table(programs, *as_numbers(args))
         arguments, first = ctypes.addressof(table), 1 + len(args)
 
         def launch(*lasts: Any) -> None:
             if lasts:
-                table[first : first + len(lasts)] = _numbers(lasts)
+                table[first : first + len(lasts)] = as_numbers(lasts)
             table[taken] = 0
             threads.run(function, address, arguments, elements)
 
         return launch
 
 
-def _numbers(args: Sequence[Any]) -> list[int]:
+def as_numbers(args: Sequence[Any]) -> list[int]:
+    """Tensors among the arguments of a kernel by their addresses."""
     return [arg if type(arg) is int else arg.data_ptr() for arg in args]
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from triton import knobs
 from triton.runtime import JITFunction, driver
 
-from .compiled import Launch
+from .compiled import Launch, as_numbers
 
 # All names in `JITFunction.run` of Triton 3.6 to 3.9. One that looks at more is not imitated.
 KNOWN_NAMES = frozenset(
@@ -41,8 +41,8 @@ class TritonKernel:
     or something is unknown, Triton launches as ever.
 
     Args:
-        kernel: what `triton.jit` returned. Direct are only launches of one that specializes on no number among its
-            arguments, nor on the alignment of those that are not bound.
+        kernel: what `triton.jit` returned. Only one that specializes on nothing of the arguments that come with a
+            launch, but the dtypes of tensors, is launched directly.
         options: its compile-time arguments, and what else Triton is told.
         launch: launches it by Triton, given how many programs, the arguments and the options; returns what that did.
     """
@@ -50,20 +50,17 @@ class TritonKernel:
     def __init__(self, kernel: Any, options: dict[str, Any], launch: Callable[..., Any]) -> None:
         self._kernel, self._options, self._launch = kernel, options, launch
 
-    def __call__(self, programs: int, elements: int, *args: Any) -> None:
-        self.bound(programs, elements, *args)()
-
     def bound(self, programs: int, elements: int, *args: Any) -> Launch:
-        """A launch to be repeated: the first arguments stay the same, and where they are."""
+        """A launch, as `Kernel` has it."""
         kernel, options = self._kernel, self._options
-        numbers = _numbers(args)
+        numbers = as_numbers(args)
         direct: dict[tuple[Any, ...], Direct] = {}  # by the dtypes of the last arguments
 
         def launch(*lasts: Any) -> None:
             dtypes = tuple([arg.dtype for arg in lasts if type(arg) is not int]) if lasts else ()
             known = direct.get(dtypes)
             if known is not None and known.answers == answers(kernel):
-                known.start(programs, numbers + _numbers(lasts) if lasts else numbers)
+                known.start(programs, numbers + as_numbers(lasts) if lasts else numbers)
                 return
             direct.pop(dtypes, None)
             compiled = self._launch(kernel, programs, *args, *lasts, **options)
@@ -72,10 +69,6 @@ class TritonKernel:
                 direct[dtypes] = known
 
         return launch
-
-
-def _numbers(args: tuple[Any, ...]) -> list[int]:
-    return [arg if type(arg) is int else arg.data_ptr() for arg in args]
 
 
 def _names() -> tuple[str, ...]:

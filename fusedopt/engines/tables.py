@@ -42,7 +42,7 @@ def _launch(kernel: Any, programs: int, *args: Any, **options: Any) -> Any:
 
 
 class TritonKernels:
-    """The kernels of `fusedopt.kernels`, each as a function of programs, elements and arguments."""
+    """The kernels of `fusedopt.kernels`, to be bound to their arguments."""
 
     prepare_block_size = PREPARE_BLOCK_SIZE
     squares_chunk_size = SQUARES_CHUNK_SIZE
