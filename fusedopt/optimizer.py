@@ -45,6 +45,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         states: names of the states that are one number an element.
         always: names of those of both that every parameter keeps from its first step on, whatever the options. A state
             with only some of them is refused.
+        nonnegative: names of those of `states` that have no negative element: 8 bits then hold no sign, and no element
+            becomes 0.
         begun: by the name of a scalar state, that of the state of which it tells whether it has begun: it is 0 in the
             step that creates it. Such a number lies in no `state`, and is not saved.
 
@@ -119,6 +121,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     scalar_states: ClassVar[tuple[str, ...]] = ()
     states: ClassVar[tuple[str, ...]] = ()
     always: ClassVar[tuple[str, ...]] = ()
+    nonnegative: ClassVar[tuple[str, ...]] = ()
     begun: ClassVar[dict[str, str]] = {}
 
     backend: str
@@ -147,7 +150,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         defaults: Group,
         *,
         backend: str = "auto",
-        state_dtype: torch.dtype | None = None,
+        state_dtype: torch.dtype | str | None = None,
         master_weights: bool = False,
         kahan: bool = False,
         rounding: str = "nearest",
@@ -211,6 +214,10 @@ class FusedOptimizer(torch.optim.Optimizer):
     def uses(self, name: str, group: Group) -> bool:
         """Whether the options of a group call for the state `name`."""
         return True
+
+    def is_exact(self, name: str, group: Group) -> bool:
+        """Whether 8 bits are never enough for the state `name`, which then keeps its dtype."""
+        return False
 
     def init_state(self, param: Tensor, state: dict[str, Any], group: Group) -> None:
         """Create the states that a parameter lacks: 0 for each number, zeros for each tensor."""

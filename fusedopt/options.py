@@ -34,7 +34,8 @@ ROUNDING_STEP = PREFIX + "rounding_step"  # how many steps have been rounded at 
 COUNTERS = (SKIPPED_STEPS, ROUNDING_STEP)
 # One value for all groups: these are about the gradients of all parameters together.
 SHARED = ("max_grad_norm", "skip_nonfinite")
-STATE_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16)
+EIGHT_BITS = "8bit"
+STATE_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16, EIGHT_BITS)
 ROUNDINGS = ("nearest", "stochastic")
 
 
@@ -42,7 +43,7 @@ class CommonOptions(TypedDict, total=False):
     """The keyword arguments that all optimizers share; `FusedOptimizer` tells what they mean."""
 
     backend: str
-    state_dtype: torch.dtype | None
+    state_dtype: torch.dtype | str | None
     master_weights: bool
     kahan: bool
     rounding: str
@@ -150,7 +151,7 @@ def check_group(groups: Sequence[Group], index: int) -> None:
 def _check_storage(group: Group, index: int) -> None:
     dtype, rounding, seed = option(group, "state_dtype"), option(group, "rounding"), option(group, "seed")
     if dtype not in STATE_DTYPES:
-        choices = ", ".join(map(str, STATE_DTYPES))
+        choices = ", ".join(repr(choice) for choice in STATE_DTYPES)
         raise ValueError(f"Invalid state_dtype of group {index}: {dtype!r}, choose one of {choices}")
     if rounding not in ROUNDINGS:
         choices = ", ".join(map(repr, ROUNDINGS))

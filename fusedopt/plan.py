@@ -34,6 +34,7 @@ from .step.sharding import check_whole, is_sharded, opened
 from .step.unscaling import GradMemory
 from .step.watch import Watch, meta
 from .storage.precision import is_stochastic
+from .storage.quantized_tensor import Quantized
 from .storage.states import begun_of, what_begins
 
 DEBUG = os.environ.get("FUSEDOPT_DEBUG", "0") not in ("", "0")
@@ -101,6 +102,7 @@ class Plan:
         self._pick = tuple_getter(inside) if self._outside else tuple
 
         self.is_sharded = any(map(is_sharded, params))
+        self._is_quantized = any(entry.codes for entry in self.entries)
         self._ranks = Ranks(params)
         for entry in self.entries:
             entry.part = self._ranks.part_of[entry.index]
@@ -158,8 +160,9 @@ class Plan:
         grads = [param.grad for param in params] if local_grads is None else self._pick(local_grads)
         watched = [*params, *chain.from_iterable(rows)]
         specs: list[Any] = []
-        if self.is_sharded:
+        if self.is_sharded or self._is_quantized:
             watched, specs = opened(watched)
+            watched = [tensor.memory if type(tensor) is Quantized else tensor for tensor in watched]
             held = iter(watched)
             params = list(islice(held, len(params)))
             rows = [tuple(islice(held, len(row))) for row in rows]
@@ -289,6 +292,7 @@ def used_states(optimizer: OptimizerLike) -> list[tuple[Any, ...]]:
         (
             group.get("fused") is not False,
             *(optimizer.uses(name, group) for name in names),
+            *(optimizer.is_exact(name, group) for name in optimizer.states),
             *(option(group, name) for name in PRECISION),
             option(group, "ema_decay") is not None,
             takes_all_gradients(group) is not None,

@@ -24,6 +24,7 @@ class OptimizerLike(Protocol):
     scalar_states: ClassVar[tuple[str, ...]]
     states: ClassVar[tuple[str, ...]]
     always: ClassVar[tuple[str, ...]]
+    nonnegative: ClassVar[tuple[str, ...]]
     begun: ClassVar[dict[str, str]]
 
     backend: str
@@ -44,6 +45,10 @@ class OptimizerLike(Protocol):
 
     def uses(self, name: str, group: Group) -> bool:
         """Whether the options of a group call for a state."""
+        ...
+
+    def is_exact(self, name: str, group: Group) -> bool:
+        """Whether a state is never stored in 8 bits."""
         ...
 
     def init_state(self, param: Tensor, state: dict[str, Any], group: Group) -> None:

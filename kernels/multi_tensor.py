@@ -9,6 +9,7 @@ depends neither on the number of tensors nor on their sizes.
 import triton
 import triton.language as tl
 
+from . import quantized
 from .arithmetic import lerp
 from .gate import decide
 from .rounding import (
@@ -153,6 +154,7 @@ def update_tile(
     param_address,
     grad_address,
     state_addresses,
+    scale_addresses,
     kept_address,
     ema_address,
     scalars,
@@ -197,7 +199,12 @@ def update_tile(
         else:
             state_ptr = tl.multiple_of(state_addresses[i].to(tl.pointer_type(STATES[i])), ALIGN) + first
             state_ptrs += (state_ptr,)
-            states += (load(state_ptr + offsets, mask, COMPUTE),)
+            if STATES[i].primitive_bitwidth == 8:
+                codes = tl.load(state_ptr + offsets, mask=mask)
+                scales = quantized.load_scales(scale_addresses[i], start, stop, offsets)
+                states += (quantized.decode(codes, scales, STATES[i]).to(COMPUTE),)
+            else:
+                states += (load(state_ptr + offsets, mask, COMPUTE),)
     if KEPT == "master_param":
         kept_ptr = tl.multiple_of(kept_address.to(tl.pointer_type(tl.float32)), ALIGN) + first
         param = with_master(param, load(kept_ptr + offsets, mask, COMPUTE), PARAM)
@@ -226,7 +233,12 @@ def update_tile(
         store(kept_ptr + offsets, param - nearest(param, PARAM), mask)
     for i in tl.static_range(len(STATES)):
         if STATES[i] is not None:
-            if STOCHASTIC and STATES[i].primitive_bitwidth == 16:
+            if STATES[i].primitive_bitwidth == 8:
+                random = random_bits(draw, 1 + i, start, draw_lanes) if STOCHASTIC else None
+                codes, scales = quantized.encode(states[i], mask, random, STATES[i], ALIGN == 16)
+                tl.store(state_ptrs[i] + offsets, codes, mask=mask)
+                quantized.store_scales(scale_addresses[i], start, stop, scales)
+            elif STOCHASTIC and STATES[i].primitive_bitwidth == 16:
                 bits = to_bits_stochastic(states[i], random_bits(draw, 1 + i, start, draw_lanes), STATES[i])
                 store_bits(state_ptrs[i] + offsets, bits, mask)
             else:
@@ -257,7 +269,8 @@ def update(
     STATES: tl.constexpr,
     KEPT: tl.constexpr,  # the state that holds what rounding the parameter loses: "master_param", "kahan_comp", None
     EMA: tl.constexpr,  # the dtype of the average, None without one
-    STOCHASTIC: tl.constexpr,  # whether 16-bit streams are rounded at random
+    STOCHASTIC: tl.constexpr,  # whether streams of 16 and 8 bits are rounded at random
+    QUANTIZED: tl.constexpr,  # whether any of STATES has 8 bits: int8 with a sign, uint8 without
     COMPUTE: tl.constexpr,
     N_SCALARS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -274,12 +287,16 @@ def update(
         return
 
     row_ptr = rows_ptr + row * (7 + len(STATES))
+    numel = tl.load(row_ptr)
+    first = chunk.to(tl.int64) * CHUNK_SIZE
     param_address = tl.load(row_ptr + 4)
     addresses = param_address
     state_addresses = ()
+    scale_addresses = ()
     for i in tl.static_range(len(STATES)):
         state_address = tl.load(row_ptr + 5 + i)
         state_addresses += (state_address,)
+        scale_addresses += (state_address + quantized.first_scale(numel) + first // quantized.BLOCK * 4,)
         addresses |= state_address
     kept_address = param_address
     if KEPT is not None:
@@ -296,7 +313,6 @@ def update(
     scalars = ()
     for i in tl.static_range(N_SCALARS):
         scalars += (tl.load(scalars_ptr + i).to(COMPUTE),)
-    first = chunk.to(tl.int64) * CHUNK_SIZE
     draw = ()
     shift = 0
     if STOCHASTIC:
@@ -306,34 +322,39 @@ def update(
         shift = (place % 8).to(tl.int32)
         draw = (tl.load(row_ptr + 2), tl.load(row_ptr + 1).to(tl.int32), step, (place >> 3).to(tl.int32))
 
-    length = tl.minimum(tl.load(row_ptr) - first, CHUNK_SIZE).to(tl.int32)
+    length = tl.minimum(numel - first, CHUNK_SIZE).to(tl.int32)
     # [0, all_aligned) has 16-byte accesses everywhere, [all_aligned, aligned) everywhere but in the gradient,
     # the rest goes element by element. `// 8 * 8` tells the compiler what `& -8` would not.
-    aligned = tl.where(addresses % 16 == 0, length // 8 * 8, 0)
+    WHOLE: tl.constexpr = quantized.BLOCK if QUANTIZED else 8
+    aligned = tl.where(addresses % 16 == 0, length // WHOLE * WHOLE, 0)
     if STOCHASTIC:  # in a shard that begins within eight elements that share random numbers, a thread's would be of two
         aligned = tl.where(shift == 0, aligned, 0)
     all_aligned = tl.where(grad_address % 16 == 0, aligned, 0)
-    lanes = tl.max_contiguous(tl.multiple_of(tl.arange(0, BLOCK_SIZE), CONTIGUITY), CONTIGUITY)
-    # The tail has a block of its own size. In one of the same size, its loads would take the layout of the loops
+    # The tail has a block of its own shape. In one of the same shape, its loads would take the layout of the loops
     # above and its stores would not, and shared memory, with barriers, would carry the values from one to the other.
-    TAIL_SIZE: tl.constexpr = BLOCK_SIZE // 4
-    tail_lanes = tl.arange(0, TAIL_SIZE)
+    if QUANTIZED:
+        lanes = quantized.tile(BLOCK_SIZE, CONTIGUITY)
+        tail_lanes = quantized.tile(BLOCK_SIZE, 1)
+    else:
+        lanes = tl.max_contiguous(tl.multiple_of(tl.arange(0, BLOCK_SIZE), CONTIGUITY), CONTIGUITY)
+        tail_lanes = tl.arange(0, BLOCK_SIZE // 4)
+    TAIL_SIZE: tl.constexpr = tail_lanes.numel
 
     for start in range(0, all_aligned, BLOCK_SIZE):
         update_tile(
-            param_address, grad_address, state_addresses, kept_address, ema_address, scalars, grad_factor, unscale,
-            ema_weight, draw, first, start, lanes, lanes, all_aligned, UPDATE, PARAM, GRAD, UNSCALE, STATES, KEPT, EMA,
-            STOCHASTIC, COMPUTE, CONTIGUITY, ALIGN=16, GRAD_ALIGN=16,
+            param_address, grad_address, state_addresses, scale_addresses, kept_address, ema_address, scalars,
+            grad_factor, unscale, ema_weight, draw, first, start, lanes, lanes, all_aligned, UPDATE, PARAM, GRAD, UNSCALE,
+            STATES, KEPT, EMA, STOCHASTIC, COMPUTE, CONTIGUITY, ALIGN=16, GRAD_ALIGN=16,
         )  # fmt: skip
     for start in range(all_aligned, aligned, BLOCK_SIZE):
         update_tile(
-            param_address, grad_address, state_addresses, kept_address, ema_address, scalars, grad_factor, unscale,
-            ema_weight, draw, first, start, lanes, lanes, aligned, UPDATE, PARAM, GRAD, UNSCALE, STATES, KEPT, EMA,
-            STOCHASTIC, COMPUTE, CONTIGUITY, ALIGN=16, GRAD_ALIGN=1,
+            param_address, grad_address, state_addresses, scale_addresses, kept_address, ema_address, scalars,
+            grad_factor, unscale, ema_weight, draw, first, start, lanes, lanes, aligned, UPDATE, PARAM, GRAD, UNSCALE,
+            STATES, KEPT, EMA, STOCHASTIC, COMPUTE, CONTIGUITY, ALIGN=16, GRAD_ALIGN=1,
         )  # fmt: skip
     for start in range(aligned, length, TAIL_SIZE):
         update_tile(
-            param_address, grad_address, state_addresses, kept_address, ema_address, scalars, grad_factor, unscale,
-            ema_weight, draw, first, start, tail_lanes, tail_lanes + shift, length, UPDATE, PARAM, GRAD, UNSCALE,
-            STATES, KEPT, EMA, STOCHASTIC, COMPUTE, CONTIGUITY, ALIGN=1, GRAD_ALIGN=1,
+            param_address, grad_address, state_addresses, scale_addresses, kept_address, ema_address, scalars,
+            grad_factor, unscale, ema_weight, draw, first, start, tail_lanes, tail_lanes + shift, length, UPDATE, PARAM,
+            GRAD, UNSCALE, STATES, KEPT, EMA, STOCHASTIC, COMPUTE, CONTIGUITY, ALIGN=1, GRAD_ALIGN=1,
         )  # fmt: skip

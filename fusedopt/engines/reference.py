@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -15,7 +16,7 @@ from ..step.entry import Entry
 from ..step.gate import Gate
 from ..step.hyper import Hyper, Number, tuple_getter
 from ..step.live import Live, Row
-from ..storage import dtypes, rounding
+from ..storage import dtypes, quantized, rounding
 from ..storage.precision import KAHAN_COMP, MASTER_PARAM
 
 
@@ -145,9 +146,10 @@ def _widened(
     dtype = dtypes.compute_dtype(param)
     named = dict(zip(entry.names, row, strict=True))
     stored: Sequence[Any] = entry.pick_states(row)
+    storage = _Storage(entry, param, rounding_step)
     grad, factor = _widen(scaled_grad[0], dtype), scaled_grad[1]
     work = _widen(param, dtype)
-    states: Sequence[Any] = [None if state is None else _widen(state, dtype) for state in stored]
+    states: Sequence[Any] = [None if state is None else storage.read(state, dtype) for state in stored]
     kept: Any = named.get(entry.kept or "")
     stored_dtype = dtypes.real_dtype(param.dtype)
     if entry.kept == MASTER_PARAM:
@@ -160,11 +162,13 @@ def _widened(
     elif entry.kept == KAHAN_COMP:
         _narrow(kept, work - rounding.nearest(work, stored_dtype))
 
-    round_ = _Rounding(entry, param, rounding_step)
-    _narrow(param, work if entry.kept else round_(work, stored_dtype, 0))
+    if entry.kept:
+        _narrow(param, work)
+    else:
+        storage.write(param, work, 0)
     for stream, (state, value) in enumerate(zip(stored, states, strict=True), start=1):
         if state is not None:
-            _narrow(state, round_(value, dtypes.real_dtype(state.dtype), stream))
+            storage.write(state, value, stream)
     return work if entry.kept else _widen(param, dtype)
 
 
@@ -179,26 +183,39 @@ def _average(entry: Entry, row: Row, weights: Tensor, decay: float) -> None:
         ema_begun.fill_(1.0)
 
 
-class _Rounding:
-    """Rounds the values of one parameter and step at random, if its group asks for that."""
+class _Storage:
+    """How the numbers of one parameter and its states are stored: as codes, or in a dtype, rounded as its group asks."""
 
     def __init__(self, entry: Entry, param: Tensor, step: int) -> None:
         self._seed, self._tensor, self._first, self._step = entry.seed, entry.tensor, entry.first, step
-        if entry.seed is None:
+        if entry.seed is None and not entry.codes:
             return
-        # The random numbers follow the elements in the order in which they lie.
-        self._stride = layout.dense_stride(param)
+        # Codes and random numbers follow the elements in the order in which they lie.
+        self._shape, self._stride = param.shape, layout.dense_stride(param)
         if param.is_complex():
-            self._stride = (*(2 * stride for stride in self._stride), 1)
+            self._shape, self._stride = (*param.shape, 2), (*(2 * stride for stride in self._stride), 1)
             self._first *= 2
+        self._numel = math.prod(self._shape)
 
-    def __call__(self, value: Tensor, dtype: torch.dtype, stream: int) -> Tensor:
-        """The value as `dtype` can hold it, where that has 16 bits."""
-        if self._seed is None or dtype.itemsize != 2:
-            return value
-        counter = self._seed, self._tensor, self._step, stream
-        random = rounding.random_bits(*counter, value.numel(), value.device, self._first)
-        return rounding.stochastic(value.float(), dtype, random.as_strided(value.shape, self._stride))
+    def read(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """The numbers, in the dtype of the arithmetic."""
+        if tensor.dtype not in quantized.CODES:
+            return _widen(tensor, dtype)
+        return quantized.decode(tensor, self._numel).as_strided(self._shape, self._stride).to(dtype)
+
+    def write(self, tensor: Tensor, value: Tensor, stream: int) -> None:
+        """Store what `read` gave and a step has changed."""
+        dtype = dtypes.real_dtype(tensor.dtype)
+        random = None
+        if self._seed is not None and dtype.itemsize <= 2:
+            counter = self._seed, self._tensor, self._step, stream
+            random = rounding.random_bits(*counter, self._numel, value.device, self._first)
+        if dtype in quantized.CODES:
+            tensor.copy_(quantized.encode(value.float().as_strided((self._numel,), (1,)), dtype, random))
+        elif random is not None:
+            _narrow(tensor, rounding.stochastic(value.float(), dtype, random.as_strided(self._shape, self._stride)))
+        else:
+            _narrow(tensor, value)
 
 
 def _is_sparse_complex(grad: Tensor) -> bool:

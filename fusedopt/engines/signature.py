@@ -12,6 +12,7 @@ import torch
 from ..protocol import OptimizerLike
 from ..storage.averaging import ema_dtype
 from ..storage.precision import kept_dtype
+from ..storage.quantized import CODES
 from .choice import triton_interprets
 
 THREADS = 128  # of a program: on every GPU a thread then holds as many elements, hence has accesses as wide
@@ -51,6 +52,11 @@ class Signature:
     averaged: bool = False
 
     @property
+    def quantized(self) -> bool:
+        """Whether any state has 8 bits."""
+        return not CODES.isdisjoint(self.states)
+
+    @property
     def streams(self) -> list[torch.dtype]:
         """The dtype of every stream."""
         kept = [] if self.kept is None else [kept_dtype(self.kept, self.param)]
@@ -67,6 +73,7 @@ class Signature:
             "KEPT": self.kept,
             "EMA": ema_dtype(self.param) if self.averaged else None,
             "STOCHASTIC": self.stochastic,
+            "QUANTIZED": self.quantized,
             "COMPUTE": torch.float64 if self.param == torch.float64 else torch.float32,
         }
 
@@ -87,6 +94,6 @@ class Signature:
         """Elements of a block and of a program. The interpreter pays for programs, a GPU for long chunks."""
         if triton_interprets():
             return 4096, 4 * 4096
-        block_size = 512 if torch.float64 in self.streams else 1024
+        block_size = 512 if torch.float64 in self.streams and not self.quantized else 1024  # a block of codes a warp
         few_bytes = len(self.streams) <= 3 and max(dtype.itemsize for dtype in self.streams) == 2
         return block_size, block_size * (8 if few_bytes else 4)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..options import option
+from ..options import EIGHT_BITS, option
 from ..protocol import Group, OptimizerLike
 from .dtypes import real_dtype
+from .quantized import SIGNED, UNSIGNED
 
 MASTER_PARAM, KAHAN_COMP = "master_param", "kahan_comp"
+QUANTIZED_FROM = 4096  # elements of a parameter: below it 8 bits would save nothing that counts
 
 
 def is_stochastic(group: Group) -> bool:
@@ -39,9 +41,19 @@ def new_kept_state(kept: str, param: Tensor) -> Tensor:
 
 
 def state_dtype(param: Tensor, group: Group) -> torch.dtype:
-    """The dtype in which the states of a parameter are created."""
-    dtype = option(group, "state_dtype") or param.dtype
+    """The dtype in which the states of a parameter are created, but for those that are stored in 8 bits."""
+    asked = option(group, "state_dtype")
+    dtype = param.dtype if asked is None or asked == EIGHT_BITS else asked
     return dtype.to_complex() if param.dtype.is_complex and not dtype.is_complex else dtype
+
+
+def code_of(optimizer: OptimizerLike, name: str, param: Tensor, group: Group) -> torch.dtype | None:
+    """The code in which a state of a parameter is stored, if it is stored in 8 bits."""
+    if option(group, "state_dtype") != EIGHT_BITS or name not in optimizer.states or optimizer.is_exact(name, group):
+        return None
+    if param.numel() < QUANTIZED_FROM or param.layout != torch.strided:
+        return None
+    return UNSIGNED if name in optimizer.nonnegative else SIGNED
 
 
 def check_effect(optimizer: OptimizerLike) -> None:
@@ -60,12 +72,13 @@ def check_effect(optimizer: OptimizerLike) -> None:
         because = f"{has}, none has"
         if keeping:
             because = f"{keeping[0]} keeps what rounding the parameters would lose, and no state has"
-        raise ValueError(f"rounding='stochastic' has nothing to round: {because} 16 bits")
+        raise ValueError(f"rounding='stochastic' has nothing to round: {because} 16 or 8 bits")
 
 
 def _rounds(optimizer: OptimizerLike, param: Tensor, group: Group) -> bool:
-    """Whether something of this parameter's is stored in 16 bits, and not kept elsewhere."""
+    """Whether something of this parameter's is stored in 16 or 8 bits, and not kept elsewhere."""
     rounded = [] if kept_state(param, group) else [param.dtype]
-    if any(optimizer.uses(name, group) for name in optimizer.states):
-        rounded.append(state_dtype(param, group))
-    return any(real_dtype(dtype).itemsize == 2 for dtype in rounded)
+    for name in optimizer.states:
+        if optimizer.uses(name, group):
+            rounded.append(code_of(optimizer, name, param, group) or state_dtype(param, group))
+    return any(real_dtype(dtype).itemsize <= 2 for dtype in rounded)

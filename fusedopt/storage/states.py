@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..options import option
@@ -24,7 +25,7 @@ def create_states(optimizer: OptimizerLike, param: Tensor, state: dict[str, Any]
     """Create the states that a parameter lacks, in the dtypes that its group asks for."""
     missing = [name for name in optimizer.states if state.get(name) is None]
     optimizer.init_state(param, state, group)
-    if option(group, "state_dtype") is not None:  # which a subclass may not have asked for
+    if isinstance(option(group, "state_dtype"), torch.dtype):  # which a subclass may not have asked for
         dtype = state_dtype(param, group)
         state.update({name: state[name].to(dtype) for name in missing if state.get(name) is not None})
     kept = kept_state(param, group)

@@ -15,6 +15,7 @@ DTYPES = {  # in memory, when it has been loaded, bytes in memory
     "int32": (I32, types.int64, 4),
     "uint32": (I32, types.uint32, 4),
     "uint16": (I16, types.uint32, 2),
+    "uint8": (I8, types.uint32, 1),
 }
 
 
@@ -37,7 +38,7 @@ def load(typing, address, index, DTYPE):
             return from_bf16(b, value)
         if dtype == "int32":
             return b.sext(value, I64)
-        return b.zext(value, I32) if dtype == "uint16" else value
+        return b.zext(value, I32) if dtype in ("uint16", "uint8") else value
 
     return loaded(types.int64, types.int64, DTYPE), codegen
 
@@ -53,6 +54,8 @@ def store(typing, address, index, value, DTYPE):
             value = b.fptrunc(value, FP16)
         elif dtype == "bfloat16":
             value = to_bf16(b, value)
+        elif dtype == "uint8":
+            value = b.trunc(value, I8)
         b.store(value, _pointer(b, args[0], args[1], stored)).align = size
         return context.get_dummy_value()
 

@@ -3,11 +3,14 @@
 import numpy as np
 
 from ..arithmetic import lerp
+from . import quantized
 from .gate import decide
 from .memory import arguments, check_count, load, nearest, scratch, static_range, store, where
 from .rounding import TILE, random_bits, stochastic, with_compensation, with_master
 
 HALVES = ("bfloat16", "float16")
+NARROW = (*HALVES, *quantized.CODES)
+RANDOM, VALUES = 2 * (TILE + 8), 4 * quantized.BLOCK  # bytes of scratch for the random bits, and the values, of a stream
 
 
 def load_number(address, absent):
@@ -88,10 +91,10 @@ def prepare(args, program, SCALARS, N_HYPER, N_SCALAR_STATES, N_SCALARS, HYPER_T
 
 
 def update_element(
-    param_address, grad_address, state_addresses, kept_address, ema_address, scalars, grad_factor, unscale, ema_weight,
-    bits, lane, offset, UPDATE, PARAM, GRAD, UNSCALE, STATES, KEPT, EMA, STOCHASTIC, COMPUTE,
+    param_address, grad_address, state_addresses, scales, kept_address, ema_address, scalars, grad_factor, unscale,
+    ema_weight, bits, values, lane, offset, UPDATE, PARAM, GRAD, UNSCALE, STATES, KEPT, EMA, STOCHASTIC, COMPUTE,
 ):  # fmt: skip
-    """One element of every stream: load, apply the rule, store."""
+    """One element of every stream: load, apply the rule, store; states in 8 bits at `values`, to be encoded."""
     param = COMPUTE(load(param_address, offset, PARAM))
     scaled_grad = load(grad_address, offset, GRAD) if GRAD == "float64" else COMPUTE(load(grad_address, offset, GRAD))
     grad = grad_factor * COMPUTE(scaled_grad)
@@ -99,6 +102,8 @@ def update_element(
     for i in static_range(len(STATES)):
         if STATES[i] is None:
             states += (param,)
+        elif STATES[i] in quantized.CODES:
+            states += (COMPUTE(quantized.decode(state_addresses[i], offset, scales[i], STATES[i])),)
         else:
             states += (COMPUTE(load(state_addresses[i], offset, STATES[i])),)
     if KEPT == "master_param":
@@ -122,9 +127,12 @@ def update_element(
         if STATES[i] is not None:
             state = states[i]
             if STOCHASTIC and STATES[i] in HALVES:
-                random = load(bits + 2 * TILE * (1 + i), lane, "uint16")
+                random = load(bits + RANDOM * (1 + i), lane, "uint16")
                 state = stochastic(np.float32(state), random, STATES[i])
-            store(state_addresses[i], offset, state, STATES[i])
+            if STATES[i] in quantized.CODES:
+                store(values + VALUES * i, lane, np.float32(state), "float32")
+            else:
+                store(state_addresses[i], offset, state, STATES[i])
     if EMA is not None:
         if KEPT is None and PARAM in HALVES:
             param = nearest(param, PARAM)
@@ -133,7 +141,8 @@ def update_element(
 
 
 def update(
-    args, program, UPDATE, PARAM, GRAD, UNSCALE, STATES, KEPT, EMA, STOCHASTIC, COMPUTE, N_SCALARS, CHUNK_SIZE
+    args, program, UPDATE, PARAM, GRAD, UNSCALE, STATES, KEPT, EMA, STOCHASTIC, QUANTIZED, COMPUTE, N_SCALARS,
+    CHUNK_SIZE,
 ):  # fmt: skip
     """Apply the rule to one chunk of one tensor: each stream is read once and written once, the gradient if UNSCALE."""
     rows_ptr, grads_ptr, scalars_ptr, control_ptr, chunks_ptr, first_tensor = arguments(args, 6)
@@ -146,10 +155,14 @@ def update(
 
     # In locals before the loop, which is a loop of vectors only then.
     row_ptr = rows_ptr + 8 * row * (7 + len(STATES))
+    numel = load(row_ptr, 0, "int64")
     param_address = load(row_ptr, 4, "int64")
     state_addresses = ()
+    scale_addresses = ()
     for i in static_range(len(STATES)):
-        state_addresses += (load(row_ptr, 5 + i, "int64"),)
+        state_address = load(row_ptr, 5 + i, "int64")
+        state_addresses += (state_address,)
+        scale_addresses += (state_address + quantized.first_scale(numel),)
     kept_address = load(row_ptr, 5 + len(STATES), "int64")
     ema_address = load(row_ptr, 6 + len(STATES), "int64")
     grad_factor = COMPUTE(load(control_ptr, 0, "float64"))
@@ -160,26 +173,41 @@ def update(
     for i in static_range(N_SCALARS):
         scalars += (COMPUTE(load(scalars_ptr, first_scalar + i, "float64")),)
     first = chunk * CHUNK_SIZE
-    stop = min(load(row_ptr, 0, "int64"), first + CHUNK_SIZE)
-    shift = bits = 0
+    stop = min(numel, first + CHUNK_SIZE)
+    shift = bits = values = 0
     if STOCHASTIC:
         number, seed, place = load(row_ptr, 1, "int64"), load(row_ptr, 2, "int64"), load(row_ptr, 3, "int64")
         step = np.int64(load(control_ptr, 3, "float64"))
         shift = (place + first) % 8
-        bits = scratch(2 * TILE * (1 + len(STATES)))
+        bits = scratch(RANDOM * (1 + len(STATES)))
+    if QUANTIZED:
+        values = scratch(VALUES * len(STATES))
 
-    for start in range(first - shift, stop, TILE if STOCHASTIC else CHUNK_SIZE):
-        tile_stop = min(start + TILE, stop) if STOCHASTIC else stop
+    tile = quantized.BLOCK if QUANTIZED else TILE if STOCHASTIC else CHUNK_SIZE
+    for start in range(first, stop, tile):
+        tile_stop = min(start + tile, stop)
         if STOCHASTIC:
             draw = (seed, number, step, (place + start) // 8)
             if PARAM in HALVES and KEPT is None:
-                random_bits(bits, draw, 0, tile_stop - start)
+                random_bits(bits, draw, 0, shift + tile_stop - start)
             for i in static_range(len(STATES)):
-                if STATES[i] in HALVES:
-                    random_bits(bits + 2 * TILE * (1 + i), draw, 1 + i, tile_stop - start)
-        for offset in range(max(start, first), tile_stop):
+                if STATES[i] in NARROW:
+                    random_bits(bits + RANDOM * (1 + i), draw, 1 + i, shift + tile_stop - start)
+        scales = ()
+        for i in static_range(len(STATES)):
+            if STATES[i] in quantized.CODES:
+                scales += (load(scale_addresses[i], start // quantized.BLOCK, "float32"),)
+            else:
+                scales += (np.float32(0),)
+        for offset in range(start, tile_stop):
             update_element(
-                param_address, grad_address, state_addresses, kept_address, ema_address, scalars, grad_factor, unscale,
-                ema_weight, bits, offset - start, offset, UPDATE, PARAM, GRAD, UNSCALE, STATES, KEPT, EMA, STOCHASTIC,
-                COMPUTE,
+                param_address, grad_address, state_addresses, scales, kept_address, ema_address, scalars, grad_factor,
+                unscale, ema_weight, bits + 2 * shift, values, offset - start, offset, UPDATE, PARAM, GRAD, UNSCALE,
+                STATES, KEPT, EMA, STOCHASTIC, COMPUTE,
             )  # fmt: skip
+        for i in static_range(len(STATES)):
+            if STATES[i] in quantized.CODES:
+                quantized.encode(
+                    state_addresses[i], scale_addresses[i], values + VALUES * i, bits + RANDOM * (1 + i) + 2 * shift,
+                    start, tile_stop - start, STATES[i], STOCHASTIC,
+                )  # fmt: skip

@@ -1,0 +1,101 @@
+r"""States in 8 bits, in plain torch. Twin of kernels/quantized.py.
+
+A block is 256 numbers that follow each other in memory. It has one scale :math:`s`, in fp32, and a code of 8 bits for
+each number: a sign, 4 bits of exponent and 3 of mantissa, or 5 and 3 for numbers that are never negative. With
+exponent :math:`e \le E` and mantissa :math:`m` a code means
+
+.. math:: (8 + m) \, 2^{e - E} s \text{ for } e > 0, \qquad m \, 2^{1 - E} s \text{ for } e = 0.
+
+The scale is a fifteenth of the largest magnitude, so that this has the largest code, cut to 20 bits: then every product
+is exact. Only what finds the code of a number rounds, and it does so in the same way in every backend.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+BLOCK = 256
+SIGNED, UNSIGNED = torch.int8, torch.uint8  # the dtype of the memory says which code it holds
+CODES = frozenset({SIGNED, UNSIGNED})
+
+_FIFTEENTH = 0.06666668504476547  # and a little more, so that 15 times a scale gives this scale again
+_SMALLEST_SCALE = 31 << 23  # the bits of 2^-96: with it the smallest code is still a normal number
+
+
+def size(numel: int) -> int:
+    """Bytes of so many numbers: the codes, up to a multiple of 16, then the scales."""
+    return _first_scale(numel) + 4 * -(-numel // BLOCK)
+
+
+def decode(memory: Tensor, numel: int) -> Tensor:
+    """The numbers, in fp32.
+
+    Args:
+        memory: codes and scales, of dtype `SIGNED` or `UNSIGNED`.
+        numel: how many numbers.
+    """
+    codes, scales = _parts(memory, numel)
+    offset, normal = _exponent(memory.dtype)
+    code = codes.to(torch.int32)
+    value = (((code & (0xFF if memory.dtype == UNSIGNED else 0x7F)) << 20) + offset).view(torch.float32)
+    value = torch.minimum(value, 2 * value - normal)
+    if memory.dtype == SIGNED:
+        value = torch.where(code < 0, -value, value)
+    return value * _spread(scales, numel)
+
+
+def encode(values: Tensor, code: torch.dtype, random: Tensor | None = None) -> Tensor:
+    """Codes and scales of numbers.
+
+    A number that is not 0 never becomes 0 where numbers are never negative: of squares that are divided by, even the
+    smallest is far nearer than none. A block with an infinite or NaN number keeps it, and its others become neither
+    finite nor 0. Where all are less than 3e-28 the scale stays that of 3e-28.
+
+    Args:
+        values: in fp32, flat.
+        code: `SIGNED` or `UNSIGNED`.
+        random: 16 random bits for each, as int64; without them numbers are rounded to the nearest, ties away from 0.
+    """
+    numel = values.numel()
+    memory = torch.zeros(size(numel), dtype=code, device=values.device)
+    codes, scales = _parts(memory, numel)
+    magnitudes = values.view(torch.int32) & 0x7FFFFFFF
+    largest = pad(magnitudes, (0, -numel % BLOCK)).view(-1, BLOCK).amax(1) if numel else magnitudes
+    scale = ((largest.view(torch.float32) * _FIFTEENTH).view(torch.int32) & -16).clamp(min=_SMALLEST_SCALE)
+    scales.copy_(torch.where(largest == 0, 0, scale).view(torch.float32))
+
+    offset, normal = _exponent(code)
+    ratio = (values.abs() * _spread(1 / scale.view(torch.float32), numel)).fmin(values.new_full((), 15.0))
+    bits = torch.maximum(ratio, 0.5 * ratio + normal / 2).view(torch.int32) - offset
+    found = (bits + (0x80000 if random is None else random.to(torch.int32) << 4)) >> 20
+    if code == UNSIGNED:
+        found = torch.maximum(found, magnitudes.clamp(max=1))
+    else:
+        found = torch.where(values.view(torch.int32) < 0, found - 128, found)  # which sets the bit of the sign
+    codes.copy_(found)
+    return memory
+
+
+def _parts(memory: Tensor, numel: int) -> tuple[Tensor, Tensor]:
+    """Views of the codes and of the scales."""
+    return memory[:numel], memory[_first_scale(numel) :].view(torch.float32)
+
+
+def _first_scale(numel: int) -> int:
+    return -(-numel // 16) * 16
+
+
+def _spread(scales: Tensor, numel: int) -> Tensor:
+    return scales.repeat_interleave(BLOCK)[:numel]
+
+
+def _exponent(code: torch.dtype) -> tuple[int, float]:
+    """What is added to a code in the bits of an fp32 to make it its number; the smallest number with e > 0.
+
+    Both for a scale of 1. Below that number the steps do not become smaller any more: there `value` has half of what is
+    missing to it, which `decode` doubles and `encode` halves.
+    """
+    exponents = 32 if code == UNSIGNED else 16
+    return 131 - exponents << 23, 2.0 ** (5 - exponents)

@@ -1,0 +1,195 @@
+"""What stands in `optimizer.state` for a state in 8 bits: a tensor that decodes itself for whoever works with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from . import quantized
+
+aten = torch.ops.aten
+PRESERVED = (None, torch.preserve_format)
+
+
+class Decoded(Tensor):
+    """A tensor that has its numbers elsewhere, in another form. Operations of torch work on a copy of them in fp32.
+
+    What an operation writes is stored in that form again, also through views.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def dequantize(self) -> Tensor:
+        """The numbers, in new memory."""
+        raise NotImplementedError
+
+    def store(self, values: Tensor) -> None:
+        """Take over numbers."""
+        raise NotImplementedError
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"{type(self).__name__}({self.dequantize()!r})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _AS_STORED:
+            result = _AS_STORED[func](*args, **kwargs)
+            if result is not None:
+                return result
+        if func.is_view and isinstance(args[0], Decoded):
+            return _view(args[0], lambda whole: func(whole, *args[1:], **kwargs))
+        decoded: dict[int, tuple[Decoded, Tensor]] = {}
+
+        def dequantized(tensor: Decoded) -> Tensor:
+            if id(tensor) not in decoded:
+                decoded[id(tensor)] = tensor, tensor.dequantize()
+            return decoded[id(tensor)][1]
+
+        result = func(*tree_map_only(Decoded, dequantized, args), **tree_map_only(Decoded, dequantized, kwargs))
+        for written in _written(func, args, kwargs):
+            written.store(decoded[id(written)][1])
+        owners = {id(plain): tensor for tensor, plain in decoded.values()}  # an operation in place returns its tensor
+        return tree_map_only(Tensor, lambda tensor: owners.get(id(tensor), tensor), result)
+
+
+class Quantized(Decoded):
+    """A state in 8 bits: codes and scales, as `fusedopt.storage.quantized` tells. It looks like a tensor of fp32.
+
+    Args:
+        memory: the codes and scales.
+        shape: of the tensor.
+        stride: in which order its elements follow each other, without gaps.
+        is_complex: whether two numbers are one element.
+    """
+
+    memory: Tensor
+
+    @staticmethod
+    def __new__(cls, memory: Tensor, shape: Sequence[int], stride: Sequence[int], is_complex: bool) -> Quantized:
+        dtype = torch.complex64 if is_complex else torch.float32
+        return Tensor._make_wrapper_subclass(cls, shape, strides=stride, dtype=dtype, device=memory.device)  # type: ignore
+
+    def __init__(self, memory: Tensor, shape: Sequence[int], stride: Sequence[int], is_complex: bool) -> None:
+        self.memory = memory
+
+    def dequantize(self) -> Tensor:
+        values = quantized.decode(self.memory, self.numel() * (2 if self.is_complex() else 1))
+        values = torch.view_as_complex(values.view(-1, 2)) if self.is_complex() else values
+        return values.as_strided(self.shape, self.stride())
+
+    def store(self, values: Tensor) -> None:
+        self.memory.copy_(_encoded(values, self.memory.dtype, self.stride()))
+
+    def with_memory(self, memory: Tensor) -> Quantized:
+        """A tensor that lies as this one, with other codes and scales."""
+        return Quantized(memory, self.shape, self.stride(), self.is_complex())
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuilt, (self.memory, tuple(self.shape), self.stride(), self.is_complex())
+
+
+class View(Decoded):
+    """A view of such a tensor."""
+
+    def __init__(self, base: Decoded, pick: Callable[[Tensor], Tensor], example: Tensor) -> None:
+        self.base, self.pick = base, pick
+
+    @staticmethod
+    def __new__(cls, base: Decoded, pick: Callable[[Tensor], Tensor], example: Tensor) -> View:
+        return Tensor._make_wrapper_subclass(  # type: ignore[attr-defined,no-any-return]
+            cls, example.shape, strides=example.stride(), dtype=example.dtype, device=example.device
+        )
+
+    def dequantize(self) -> Tensor:
+        return self.pick(self.base.dequantize())
+
+    def store(self, values: Tensor) -> None:
+        whole = self.base.dequantize()
+        self.pick(whole).copy_(values)
+        self.base.store(whole)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.dequantize().clone().__reduce_ex__(protocol)
+
+
+def quantize(values: Tensor, code: torch.dtype, stride: Sequence[int]) -> Quantized:
+    """A tensor in 8 bits.
+
+    Args:
+        values: its numbers; complex ones have two a element.
+        code: of `quantized.CODES`.
+        stride: in which order its elements are to lie, without gaps.
+    """
+    return Quantized(_encoded(values, code, stride), values.shape, stride, values.is_complex())
+
+
+def _encoded(values: Tensor, code: torch.dtype, stride: Sequence[int]) -> Tensor:
+    dtype = torch.complex64 if values.is_complex() else torch.float32
+    laid = torch.empty_strided(values.shape, stride, dtype=dtype, device=values.device).copy_(values)
+    flat = laid.as_strided((laid.numel(),), (1,))
+    return quantized.encode(torch.view_as_real(flat).view(-1) if flat.is_complex() else flat, code)
+
+
+def _rebuilt(memory: Tensor, shape: Sequence[int], stride: Sequence[int], is_complex: bool) -> Quantized:
+    return Quantized(memory, shape, stride, is_complex)
+
+
+def _view(base: Decoded, pick: Callable[[Tensor], Any]) -> Any:
+    example = pick(base.dequantize())
+    if isinstance(example, Tensor):
+        return View(base, pick, example)
+    return [View(base, lambda whole, place=place: pick(whole)[place], part) for place, part in enumerate(example)]
+
+
+def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Decoded]:
+    """Which arguments an operation writes."""
+    for place, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            given = args[place] if place < len(args) else kwargs.get(argument.name)
+            for tensor in given if isinstance(given, list | tuple) else [given]:
+                if isinstance(tensor, Decoded):
+                    yield tensor
+
+
+def _same(tensor: Decoded) -> Decoded | None:
+    return tensor.with_memory(tensor.memory) if isinstance(tensor, Quantized) else None
+
+
+def _clone(tensor: Decoded, *, memory_format: Any = None) -> Decoded | None:
+    if isinstance(tensor, Quantized) and memory_format in PRESERVED:
+        return tensor.with_memory(tensor.memory.clone())
+    return None
+
+
+def _to(
+    tensor: Decoded, *, dtype: Any = None, device: Any = None, memory_format: Any = None, **options: Any
+) -> Decoded | None:
+    if isinstance(tensor, Quantized) and dtype in (None, tensor.dtype) and memory_format in PRESERVED:
+        return tensor.with_memory(aten._to_copy(tensor.memory, device=device, **options))
+    return None
+
+
+def _copy(tensor: Any, source: Any, non_blocking: bool = False) -> Any:
+    if not (isinstance(tensor, Quantized) and isinstance(source, Quantized)):
+        return None
+    if (tensor.memory.dtype, tensor.shape, tensor.stride()) != (source.memory.dtype, source.shape, source.stride()):
+        return None
+    tensor.memory.copy_(source.memory, non_blocking=non_blocking)
+    return tensor
+
+
+# The operations that leave numbers as they are need not decode them. None: not in this case.
+_AS_STORED: dict[Any, Callable[..., Any]] = {
+    aten.detach.default: _same,
+    aten.alias.default: _same,
+    aten.clone.default: _clone,
+    aten._to_copy.default: _to,
+    aten.copy_.default: _copy,
+}
+
+torch.serialization.add_safe_globals([_rebuilt])
