@@ -1,6 +1,7 @@
 """Optimizers for PyTorch that step in one pass over memory: drop-ins for `torch.optim`."""
 
 from .backward import step_in_backward
+from .full_state import full_state_dict
 from .functional import register_functional_optim
 from .optimizer import FusedOptimizer
 from .rules.adadelta import Adadelta
@@ -30,6 +31,7 @@ __all__ = [
     "RAdam",
     "RMSprop",
     "Rprop",
+    "full_state_dict",
     "register_functional_optim",
     "step_in_backward",
     "warmup",

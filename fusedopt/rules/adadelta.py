@@ -52,6 +52,7 @@ class Adadelta(FusedOptimizer):
     scalar_states = ("step",)
     states = ("square_avg", "acc_delta")
     always = ("step", "square_avg", "acc_delta")
+    nonnegative = ("square_avg", "acc_delta")
 
     def __init__(
         self,

@@ -60,6 +60,7 @@ class Adam(FusedOptimizer):
     scalar_states = ("step",)
     states = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
     always = ("step", "exp_avg", "exp_avg_sq")
+    nonnegative = ("exp_avg_sq", "max_exp_avg_sq")
 
     def __init__(
         self,

@@ -51,6 +51,7 @@ class Adamax(FusedOptimizer):
     scalar_states = ("step",)
     states = ("exp_avg", "exp_inf")
     always = ("step", "exp_avg", "exp_inf")
+    nonnegative = ("exp_inf",)
 
     def __init__(
         self,

@@ -45,7 +45,7 @@ class ASGD(FusedOptimizer):
 
     State:
         ``step``, ``eta`` :math:`\eta` and ``mu`` :math:`\mu` (0-d), and ``ax`` :math:`\bar\theta`, of the parameter's
-        shape and `state_dtype`.
+        shape and `state_dtype`. The average is what ASGD is for: it is not stored in 8 bits.
 
     Raises:
         ValueError: an argument outside its range.
@@ -92,6 +92,9 @@ class ASGD(FusedOptimizer):
         state.setdefault("eta", lr.detach().to(scalar_dtype(), copy=True) if isinstance(lr, Tensor) else lr)
         state.setdefault("mu", 1.0)
         super().init_state(param, state, group)
+
+    def is_exact(self, name: str, group: Group) -> bool:
+        return True
 
     @staticmethod
     def scalars(hyper: Scalars, scalar_states: Scalars) -> tuple[Scalars, Scalars]:

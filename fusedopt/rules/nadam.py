@@ -65,6 +65,7 @@ class NAdam(FusedOptimizer):
     scalar_states = ("step", "mu_product")
     states = ("exp_avg", "exp_avg_sq")
     always = ("step", "mu_product", "exp_avg", "exp_avg_sq")
+    nonnegative = ("exp_avg_sq",)
 
     def __init__(
         self,

@@ -56,6 +56,7 @@ class RAdam(FusedOptimizer):
     scalar_states = ("step",)
     states = ("exp_avg", "exp_avg_sq")
     always = ("step", "exp_avg", "exp_avg_sq")
+    nonnegative = ("exp_avg_sq",)
 
     def __init__(
         self,

@@ -50,7 +50,8 @@ class RMSprop(FusedOptimizer):
 
     State:
         ``step`` (0-d), ``square_avg`` :math:`v`, ``momentum_buffer`` :math:`b` if there is a momentum and ``grad_avg``
-        :math:`a` if centered, each of the parameter's shape and `state_dtype`.
+        :math:`a` if centered, each of the parameter's shape and `state_dtype`. Where it is centered, :math:`v` and
+        :math:`a` are not stored in 8 bits: of the difference :math:`v - a^2` nothing would be left.
 
     Raises:
         ValueError: an argument outside its range.
@@ -63,6 +64,7 @@ class RMSprop(FusedOptimizer):
     scalar_states = ("step",)
     states = ("square_avg", "momentum_buffer", "grad_avg")
     always = ("step", "square_avg")
+    nonnegative = ("square_avg",)
 
     def __init__(
         self,
@@ -102,6 +104,9 @@ class RMSprop(FusedOptimizer):
         if name == "momentum_buffer":
             return group["momentum"] > 0
         return name != "grad_avg" or group["centered"]
+
+    def is_exact(self, name: str, group: Group) -> bool:
+        return bool(group["centered"]) and name != "momentum_buffer"
 
     @staticmethod
     def scalars(hyper: Scalars, scalar_states: Scalars) -> tuple[Scalars, Scalars]:

@@ -43,7 +43,8 @@ class Rprop(FusedOptimizer):
 
     State:
         ``step`` (0-d), ``prev`` :math:`g_{prev}` and ``step_size`` :math:`s`, of the
-        parameter's shape and `state_dtype`.
+        parameter's shape and `state_dtype`. Neither is stored in 8 bits: the sign of a gradient, and whether it is 0,
+        decides, and steps grow by factors that are finer than the code.
 
     Raises:
         ValueError: an argument outside its range.
@@ -54,6 +55,7 @@ class Rprop(FusedOptimizer):
     scalar_states = ("step",)
     states = ("prev", "step_size")
     always = ("step", "prev", "step_size")
+    nonnegative = ("step_size",)
 
     def __init__(
         self,
@@ -89,6 +91,9 @@ class Rprop(FusedOptimizer):
             lr = group["lr"].to(param.device).squeeze() if isinstance(group["lr"], Tensor) else group["lr"]
             parts = torch.view_as_real(state["step_size"]) if param.is_complex() else state["step_size"]
             parts.add_(lr)
+
+    def is_exact(self, name: str, group: Group) -> bool:
+        return True
 
     @staticmethod
     def scalars(hyper: Scalars, scalar_states: Scalars) -> tuple[Scalars, Scalars]:
