@@ -343,14 +343,14 @@ def update(
     for start in range(0, all_aligned, BLOCK_SIZE):
         update_tile(
             param_address, grad_address, state_addresses, scale_addresses, kept_address, ema_address, scalars,
-            grad_factor, unscale, ema_weight, draw, first, start, lanes, lanes, all_aligned, UPDATE, PARAM, GRAD, UNSCALE,
-            STATES, KEPT, EMA, STOCHASTIC, COMPUTE, CONTIGUITY, ALIGN=16, GRAD_ALIGN=16,
+            grad_factor, unscale, ema_weight, draw, first, start, lanes, lanes, all_aligned, UPDATE, PARAM, GRAD,
+            UNSCALE, STATES, KEPT, EMA, STOCHASTIC, COMPUTE, CONTIGUITY, ALIGN=16, GRAD_ALIGN=16,
         )  # fmt: skip
     for start in range(all_aligned, aligned, BLOCK_SIZE):
         update_tile(
             param_address, grad_address, state_addresses, scale_addresses, kept_address, ema_address, scalars,
-            grad_factor, unscale, ema_weight, draw, first, start, lanes, lanes, aligned, UPDATE, PARAM, GRAD, UNSCALE,
-            STATES, KEPT, EMA, STOCHASTIC, COMPUTE, CONTIGUITY, ALIGN=16, GRAD_ALIGN=1,
+            grad_factor, unscale, ema_weight, draw, first, start, lanes, lanes, aligned, UPDATE, PARAM, GRAD,
+            UNSCALE, STATES, KEPT, EMA, STOCHASTIC, COMPUTE, CONTIGUITY, ALIGN=16, GRAD_ALIGN=1,
         )  # fmt: skip
     for start in range(aligned, length, TAIL_SIZE):
         update_tile(

@@ -1,7 +1,7 @@
 """States in 8 bits. Twin of fusedopt/storage/quantized.py, which tells what a code means.
 
-A tile is [repetitions, lanes]. 32 threads hold whole blocks of it, so that the largest number of a block is found within
-a warp. Products that are summed are exact, or have gone through a minimum: whether a compiler fuses them says nothing.
+A tile is [repetitions, lanes]. 32 threads hold whole blocks of it, so that a warp finds the largest number of a block
+by itself. Products that are summed are exact, or have gone through a minimum: fusing them changes no bit.
 """
 
 import triton

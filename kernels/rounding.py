@@ -37,7 +37,7 @@ def store_apart(ptrs, value, mask, CONTIGUITY: tl.constexpr):
     if CONTIGUITY == 1:
         store(ptrs, value, mask)
     else:
-        PAIRS: tl.constexpr = [value.shape[0] // 2, 2]
+        PAIRS: tl.constexpr = [value.numel // 2, 2]
         even_ptrs, odd_ptrs = tl.split(tl.reshape(ptrs, PAIRS))
         even, odd = tl.split(tl.reshape(value, PAIRS))
         even_mask, odd_mask = tl.split(tl.reshape(mask, PAIRS))

@@ -184,14 +184,15 @@ def _average(entry: Entry, row: Row, weights: Tensor, decay: float) -> None:
 
 
 class _Storage:
-    """How the numbers of one parameter and its states are stored: as codes, or in a dtype, rounded as its group asks."""
+    """How one parameter and its states are stored: in 8 bits or in a dtype, rounded as its group asks."""
 
     def __init__(self, entry: Entry, param: Tensor, step: int) -> None:
         self._seed, self._tensor, self._first, self._step = entry.seed, entry.tensor, entry.first, step
         if entry.seed is None and not entry.codes:
             return
         # Codes and random numbers follow the elements in the order in which they lie.
-        self._shape, self._stride = param.shape, layout.dense_stride(param)
+        self._shape: tuple[int, ...] = param.shape
+        self._stride = layout.dense_stride(param)
         if param.is_complex():
             self._shape, self._stride = (*param.shape, 2), (*(2 * stride for stride in self._stride), 1)
             self._first *= 2

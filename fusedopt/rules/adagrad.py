@@ -48,8 +48,8 @@ class Adagrad(FusedOptimizer):
 
     State:
         ``step`` (0-d) and ``sum`` :math:`s`, of the parameter's shape and `state_dtype`; both there from the start.
-        In 8 bits the sum grows on average as it should with ``rounding="stochastic"`` only: to the nearest, what is less
-        than a thirtieth of it is lost.
+        In 8 bits the sum grows as it should only with ``rounding="stochastic"``: to the nearest, what is less than a
+        thirtieth of it is lost.
 
     Raises:
         ValueError: an argument outside its range.

@@ -319,9 +319,9 @@ def _settled_scalar(value: Any, param: Tensor, kernels: bool) -> Tensor:
 def _settled_code(value: Tensor, param: Tensor, code: torch.dtype | None, dtype: torch.dtype) -> Tensor:
     """A state in 8 bits, its numbers in the order of the parameter's; without a code, one that was stored in them."""
     stride = layout.dense_stride(param)
-    if isinstance(value, Quantized) and (value.memory.dtype, value.device) == (code, param.device):
-        if layout.lies_as(value, stride):
-            return value
+    is_stored = isinstance(value, Quantized) and (value.memory.dtype, value.device) == (code, param.device)
+    if is_stored and layout.lies_as(value, stride):
+        return value
     if graphs.is_capturing():
         raise RuntimeError("a state is to be stored in another form than before: make a step before the capture")
     if code is not None:

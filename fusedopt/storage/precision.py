@@ -78,7 +78,6 @@ def check_effect(optimizer: OptimizerLike) -> None:
 def _rounds(optimizer: OptimizerLike, param: Tensor, group: Group) -> bool:
     """Whether something of this parameter's is stored in 16 or 8 bits, and not kept elsewhere."""
     rounded = [] if kept_state(param, group) else [param.dtype]
-    for name in optimizer.states:
-        if optimizer.uses(name, group):
-            rounded.append(code_of(optimizer, name, param, group) or state_dtype(param, group))
+    used = [name for name in optimizer.states if optimizer.uses(name, group)]
+    rounded += [code_of(optimizer, name, param, group) or state_dtype(param, group) for name in used]
     return any(real_dtype(dtype).itemsize <= 2 for dtype in rounded)

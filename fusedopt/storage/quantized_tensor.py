@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,11 +32,11 @@ class Decoded(Tensor):
         """Take over numbers."""
         raise NotImplementedError
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"{type(self).__name__}({self.dequantize()!r})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
         if func in _AS_STORED:
             result = _AS_STORED[func](*args, **kwargs)
@@ -143,7 +144,11 @@ def _view(base: Decoded, pick: Callable[[Tensor], Any]) -> Any:
     example = pick(base.dequantize())
     if isinstance(example, Tensor):
         return View(base, pick, example)
-    return [View(base, lambda whole, place=place: pick(whole)[place], part) for place, part in enumerate(example)]
+    return [View(base, partial(_part, pick, place), part) for place, part in enumerate(example)]
+
+
+def _part(pick: Callable[[Tensor], Any], place: int, whole: Tensor) -> Tensor:
+    return pick(whole)[place]  # type: ignore[no-any-return]
 
 
 def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Decoded]:

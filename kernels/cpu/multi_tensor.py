@@ -10,7 +10,8 @@ from .rounding import TILE, random_bits, stochastic, with_compensation, with_mas
 
 HALVES = ("bfloat16", "float16")
 NARROW = (*HALVES, *quantized.CODES)
-RANDOM, VALUES = 2 * (TILE + 8), 4 * quantized.BLOCK  # bytes of scratch for the random bits, and the values, of a stream
+RANDOM = 2 * (TILE + 8)  # bytes of scratch for the random bits of a stream
+VALUES = 4 * quantized.BLOCK  # and for the new values of a state in 8 bits
 
 
 def load_number(address, absent):
