@@ -157,6 +157,10 @@ MODES = [
     Mode(FP32, {"rounding": "stochastic", "state_dtype": BF16}),
     Mode(BF16, {"rounding": "stochastic", "master_weights": True}),
     Mode(BF16, {"rounding": "stochastic", "kahan": True}),
+    Mode(FP32, {"state_dtype": "8bit"}),
+    Mode(BF16, {"state_dtype": "8bit", "master_weights": True}),
+    Mode(FP32, {"state_dtype": "8bit", "rounding": "stochastic"}),
+    Mode(BF16, {"state_dtype": "8bit", "rounding": "stochastic"}),
 ]
 
 # The average is one stream more.

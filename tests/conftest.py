@@ -26,6 +26,11 @@ if not HAS_GPU:
 
 import pytest
 
+from fusedopt.storage import precision
+
+# Most tensors here are smaller than those whose states 8 bits are worth it.
+precision.QUANTIZED_FROM = 1
+
 DEVICE = "cuda" if HAS_GPU else "cpu"
 
 # The tests run side by side, one on each core.

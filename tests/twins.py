@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import fusedopt
+from fusedopt.storage.quantized_tensor import Quantized
 from tests.cases import CASES
 from tests.conftest import DEVICE, HAS_GPU
 
@@ -76,6 +77,8 @@ def bits(value: Any) -> Any:
     """What a tensor is, in a form that compares by bits: -0.0 is not 0.0, NaN equals the same NaN."""
     if not isinstance(value, Tensor):
         return repr(value)
+    if isinstance(value, Quantized):
+        return bits(value.memory), tuple(value.shape), value.stride()
     if value.layout != torch.strided or value.device.type == "meta":
         return str(value)
     raw = value.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)

@@ -32,6 +32,12 @@ class Decoded(Tensor):
         """Take over numbers."""
         raise NotImplementedError
 
+    def tolist(self) -> Any:
+        return self.dequantize().tolist()
+
+    def numpy(self, *, force: bool = False) -> Any:
+        return self.dequantize().numpy(force=force)
+
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"{type(self).__name__}({self.dequantize()!r})"
 

@@ -132,7 +132,10 @@ MUTANTS = [  # what is written in another way, where, and a mode that shows it
     ("store_number(addresses[i], scalar_states[i])", "pass", FP32, {}),
     ("where(skip, 0, rounding_advance)", "rounding_advance", torch.bfloat16, {"rounding": "stochastic"}),
     ('if (grad_address == 0) | (load(control_ptr, 1, "float64") != 0):', "if grad_address == 0:", FP32, {}),
-    ("range(max(start, first), tile_stop)", "range(max(start, first), tile_stop - 1)", FP32, {}),
+    ("range(start, tile_stop)", "range(start, tile_stop - 1)", FP32, {}),
+    ("(state_address + quantized.first_scale(numel),)", "(state_address,)", FP32, {"state_dtype": "8bit"}),
+    ("load(scale_addresses[i], start // quantized.BLOCK", "load(scale_addresses[i], 0", FP32, {"state_dtype": "8bit"}),
+    ("store(values + VALUES * i, lane,", "store(values, lane,", FP32, {"state_dtype": "8bit"}),
 ]
 
 
