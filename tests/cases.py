@@ -45,10 +45,13 @@ class Mode:
         return "-".join([str(self.dtype), *named]).replace("torch.", "")
 
     def asks_for_nothing(self, case: Case) -> bool:
-        """Whether the options have nothing to act on, since the optimizer has no states."""
+        """Whether the options have nothing to act on, since the optimizer has no states, or none for 8 bits."""
         stateless = case.optimizer == "SGD" and not case.options.get("momentum")
+        if self.options.get("state_dtype") == "8bit":
+            centered = case.options.get("centered") and not case.options.get("momentum")
+            stateless = stateless or case.optimizer in ("ASGD", "Rprop") or centered
         rounds_states_only = self.dtype == torch.float32 or {"master_weights", "kahan"} & self.options.keys()
-        return stateless and "rounding" in self.options and bool(rounds_states_only)
+        return bool(stateless and "rounding" in self.options and rounds_states_only)
 
 
 def _rows(optimizer: str, *options: dict[str, Any], in_torch: bool = True) -> list[Case]:

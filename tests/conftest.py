@@ -29,7 +29,7 @@ import pytest
 from fusedopt.storage import precision
 
 # Most tensors here are smaller than those whose states 8 bits are worth it.
-precision.QUANTIZED_FROM = 1
+precision.QUANTIZED_FROM = 0
 
 DEVICE = "cuda" if HAS_GPU else "cpu"
 

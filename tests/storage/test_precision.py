@@ -11,8 +11,9 @@ import torch
 
 import fusedopt
 import fusedopt.engines.tables
+from fusedopt.storage.quantized_tensor import Quantized
 from fusedopt.storage.states import create_states
-from tests import oracle, rounding_oracle
+from tests import oracle, quantized_oracle, rounding_oracle
 from tests.cases import CASES, FP32, MODES, Case, Mode
 from tests.oracle import Array, Bounded, exact
 from tests.rules.test_reference import LAYOUTS, SCALAR_STATES, Noise, seeded
@@ -50,6 +51,24 @@ def assert_between(actual: torch.Tensor, expected: Bounded, random: Array, what:
     assert not len(wrong), f"{what}: {len(wrong)} elements are wrong, first {wrong[0]}: {got[wrong[0]]}"
 
 
+def assert_coded(state: Quantized, expected: Bounded, random: Array | None, what: str) -> None:
+    """What the code makes of numbers within the tolerance of fp32: no element may be off."""
+    got, scales = quantized_oracle.parts_of(state)
+    assert np.array_equal(exact(state), got), f"{what}: not what the codes mean"
+    codes = quantized_oracle.UNSIGNED if state.memory.dtype == torch.uint8 else quantized_oracle.SIGNED
+    near = ULPS[FP32] * ulp(expected.bound, FP32)
+    size = np.abs(expected.value)
+    least, most = (quantized_oracle.scales_of(np.maximum(size + error, 0)) for error in (-near, near))
+    one = 1 + 2.0**-19  # of 20 bits, where the next number would begin
+    assert ((least <= scales * one) & (scales <= most * one)).all(), f"{what}: another scale"
+    # The ratio is rounded in fp32 before it is compared.
+    near = near + size * 2.0**-18
+    low, high = (quantized_oracle.rounded(expected.value + error, scales, codes, random) for error in (-near, near))
+    low, high = np.minimum(low, high), np.maximum(low, high)
+    wrong = np.flatnonzero(~((low <= got) & (got <= high)))
+    assert not len(wrong), f"{what}: {len(wrong)} elements are wrong, first {wrong[0]}: {got[wrong[0]]}"
+
+
 def check_step(case: Case, mode: Mode, optimizer: fusedopt.FusedOptimizer, params: list[Any], step: int) -> None:
     """Step once; every number must follow from what was stored before."""
     stochastic = mode.options.get("rounding") == "stochastic"
@@ -68,13 +87,21 @@ def check_step(case: Case, mode: Mode, optimizer: fusedopt.FusedOptimizer, param
         for name, (tensor, bounded) in named.items():
             if not name and mode.options.keys() & {"master_weights", "kahan"}:
                 check_kept(param, state, bounded, where)
-            elif stochastic and tensor.dtype.itemsize == 2:
+            elif stochastic and (tensor.dtype.itemsize == 2 or isinstance(tensor, Quantized)):
                 random = rounding_oracle.random_bits(SEED, i, step, streams.index(name), tensor.numel())
-                assert_between(tensor, bounded, random, f"{where}, {name}")
+                check = assert_coded if isinstance(tensor, Quantized) else assert_between
+                check(tensor, bounded, random, f"{where}, {name}")
+            elif isinstance(tensor, Quantized):
+                assert_coded(tensor, bounded, None, f"{where}, {name}")
             else:
                 assert_close(tensor, bounded, what=f"{where}, {name}")
         for name in states:
-            assert state[name].dtype == mode.options.get("state_dtype", param.dtype), where
+            asked = mode.options.get("state_dtype", param.dtype)
+            if asked == "8bit":
+                is_exact = optimizer.is_exact(name, optimizer.param_groups[0])
+                assert isinstance(state[name], Quantized) != is_exact, where
+                asked = param.dtype if is_exact else FP32
+            assert state[name].dtype == asked, where
         extra = {STATE_OF[option] for option in mode.options.keys() & STATE_OF}
         assert state.keys() - SCALAR_STATES == states.keys() | extra, where
 
