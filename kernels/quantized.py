@@ -10,6 +10,7 @@ import triton.language as tl
 from .arithmetic import div
 
 BLOCK = tl.constexpr(256)  # numbers that share a scale
+_FIFTEEN = tl.constexpr(130 << 23 | 7 << 20)  # its bits: what the largest code means with a scale of 1
 _FIFTEENTH = tl.constexpr(0.06666668504476547)  # and a little more, so that 15 times a scale gives this scale again
 _SMALLEST_SCALE = tl.constexpr(31 << 23)  # the bits of 2^-96
 
@@ -53,11 +54,11 @@ def decode(codes, scales, CODE: tl.constexpr):
     OFFSET: tl.constexpr = (99 if CODE == tl.uint8 else 115) << 23
     NORMAL: tl.constexpr = 2.0**-27 if CODE == tl.uint8 else 2.0**-11
     code = codes.to(tl.int32)
-    value = (((code & (0xFF if CODE == tl.uint8 else 0x7F)) << 20) + OFFSET).to(tl.float32, bitcast=True)
-    value = tl.minimum(value, 2 * value - NORMAL)
+    bits = ((code & (0xFF if CODE == tl.uint8 else 0x7F)) << 20) + OFFSET
+    bits = tl.minimum(bits, (2 * bits.to(tl.float32, bitcast=True) - NORMAL).to(tl.int32, bitcast=True))
     if CODE == tl.int8:
-        value = (value.to(tl.int32, bitcast=True) | (code & -0x80000000)).to(tl.float32, bitcast=True)
-    return value * _spread(scales, codes)
+        bits |= code & -0x80000000
+    return bits.to(tl.float32, bitcast=True) * _spread(scales, codes)
 
 
 @triton.jit
@@ -77,8 +78,10 @@ def encode(values, mask, random, CODE: tl.constexpr, WHOLE: tl.constexpr):
     scale = (largest.to(tl.float32, bitcast=True) * _FIFTEENTH).to(tl.int32, bitcast=True) & -16
     scale = tl.maximum(scale, _SMALLEST_SCALE)
     inverse = div(tl.full(scale.shape, 1.0, tl.float32), scale.to(tl.float32, bitcast=True))
-    ratio = tl.minimum(tl.abs(values) * _spread(inverse, values), 15.0)
-    bits = tl.maximum(ratio, 0.5 * ratio + NORMAL / 2).to(tl.int32, bitcast=True) - OFFSET
+    bits = (tl.abs(values) * _spread(inverse, values)).to(tl.int32, bitcast=True)
+    bits = tl.minimum(bits, _FIFTEEN)
+    half = 0.5 * bits.to(tl.float32, bitcast=True) + NORMAL / 2
+    bits = tl.maximum(bits, half.to(tl.int32, bitcast=True)) - OFFSET
     if random is None:
         codes = (bits + 0x80000) >> 20
     else:

@@ -20,6 +20,7 @@ BLOCK = 256
 SIGNED, UNSIGNED = torch.int8, torch.uint8  # the dtype of the memory says which code it holds
 CODES = frozenset({SIGNED, UNSIGNED})
 
+_FIFTEEN = 130 << 23 | 7 << 20  # its bits: what the largest code means with a scale of 1
 _FIFTEENTH = 0.06666668504476547  # and a little more, so that 15 times a scale gives this scale again
 _SMALLEST_SCALE = 31 << 23  # the bits of 2^-96: with it the smallest code is still a normal number
 
@@ -39,11 +40,11 @@ def decode(memory: Tensor, numel: int) -> Tensor:
     codes, scales = _parts(memory, numel)
     offset, normal = _exponent(memory.dtype)
     code = codes.to(torch.int32)
-    value = (((code & (0xFF if memory.dtype == UNSIGNED else 0x7F)) << 20) + offset).view(torch.float32)
-    value = torch.minimum(value, 2 * value - normal)
+    bits = ((code & (0xFF if memory.dtype == UNSIGNED else 0x7F)) << 20) + offset
+    bits = torch.minimum(bits, (2 * bits.view(torch.float32) - normal).view(torch.int32))
     if memory.dtype == SIGNED:
-        value = torch.where(code < 0, -value, value)
-    return value * _spread(scales, numel)
+        bits |= code & -0x80000000
+    return bits.view(torch.float32) * _spread(scales, numel)
 
 
 def encode(values: Tensor, code: torch.dtype, random: Tensor | None = None) -> Tensor:
@@ -67,8 +68,8 @@ def encode(values: Tensor, code: torch.dtype, random: Tensor | None = None) -> T
     scales.copy_(torch.where(largest == 0, 0, scale).view(torch.float32))
 
     offset, normal = _exponent(code)
-    ratio = (values.abs() * _spread(1 / scale.view(torch.float32), numel)).fmin(values.new_full((), 15.0))
-    bits = torch.maximum(ratio, 0.5 * ratio + normal / 2).view(torch.int32) - offset
+    bits = (values.abs() * _spread(1 / scale.view(torch.float32), numel)).view(torch.int32).clamp(max=_FIFTEEN)
+    bits = torch.maximum(bits, (0.5 * bits.view(torch.float32) + normal / 2).view(torch.int32)) - offset
     found = (bits + (0x80000 if random is None else random.to(torch.int32) << 4)) >> 20
     if code == UNSIGNED:
         found = torch.maximum(found, magnitudes.clamp(max=1))
