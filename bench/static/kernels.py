@@ -15,7 +15,8 @@ from fusedopt.engines.signature import THREADS, Signature, rule
 from fusedopt.engines.tables import PREPARE_BLOCK_SIZE, squares_constants
 from fusedopt.options import option
 from fusedopt.step.hyper import count_numbers, count_scalars
-from fusedopt.storage.precision import is_stochastic, kept_state, state_dtype
+from fusedopt.storage.precision import QUANTIZED_FROM, code_of, is_stochastic, kept_state, state_dtype
+from fusedopt.storage.quantized import BLOCK, CODES
 
 # Parameter, gradient and states.
 SIGNATURES = {
@@ -26,6 +27,7 @@ SIGNATURES = {
     "bf16-fp32states": (torch.bfloat16, torch.bfloat16, torch.float32),
     "fp32-bf16grad": (torch.float32, torch.bfloat16, torch.float32),
 }
+SCALE_BYTES = torch.float32.itemsize / BLOCK  # of an element
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -56,9 +58,19 @@ class Kernel(ABC):
         return []
 
     @property
-    def bytes_per_element(self) -> int:
+    def scales(self) -> int:
+        """How many of the streams are states in 8 bits, of which a block has a scale, read and written."""
+        return sum(dtype in CODES for dtype in self.read)
+
+    @property
+    def bytes_per_element(self) -> float:
         """What it is declared to move."""
-        return sum(dtype.itemsize for dtype in [*self.read, *self.written])
+        return sum(dtype.itemsize for dtype in [*self.read, *self.written]) + self.scales * 2 * SCALE_BYTES
+
+    @property
+    def full_bytes_per_element(self) -> float:
+        """What it would move with states of fp32 in place of 8 bits."""
+        return self.bytes_per_element + self.scales * 2 * (torch.float32.itemsize - 1 - SCALE_BYTES)
 
     @property
     def elements(self) -> int:
@@ -75,7 +87,8 @@ class Kernel(ABC):
         for access, dtypes in (("load", self.read), ("store", self.written)):
             for dtype in dtypes:
                 needed[f"{access} {together * dtype.itemsize}"] += self.elements // together
-        return needed
+            needed[f"{access} {torch.float32.itemsize}"] += self.scales
+        return +needed
 
 
 @dataclass(frozen=True)
@@ -214,7 +227,7 @@ def unscaling(updates: Iterable[Update]) -> list[Update]:
 
 def update_in(case: Any, mode: Any) -> Update:
     """The `update` of a case in a mode of low precision, with gradients of the parameter's dtype."""
-    param = torch.zeros(1, dtype=mode.dtype)
+    param = torch.zeros(max(1, QUANTIZED_FROM), dtype=mode.dtype)
     optimizer = case.make([param], **mode.options)
     state = state_dtype(param, optimizer.param_groups[0])
     return _update(optimizer, mode.id, mode.dtype, mode.dtype, state)
@@ -228,10 +241,14 @@ def prepares_of(updates: Iterable[Update]) -> list[Prepare]:
 
 def _update(optimizer: FusedOptimizer, name: str, param: torch.dtype, grad: torch.dtype, state: torch.dtype) -> Update:
     (group,) = optimizer.param_groups
+    (tensor,) = group["params"]
     signature = Signature(
         param,
         grad,
-        tuple(state if optimizer.uses(name, group) else None for name in optimizer.states),
+        tuple(
+            code_of(optimizer, name, tensor, group) or state if optimizer.uses(name, group) else None
+            for name in optimizer.states
+        ),
         kept_state(torch.empty(0, dtype=param), group),
         is_stochastic(group),
         option(group, "ema_decay") is not None,

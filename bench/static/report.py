@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from .assembly import Loop, MachineCode, accesses, barriers, element_loops
-from .kernels import Kernel, Update
+from .kernels import SCALE_BYTES, Kernel, Update
 from .machine_code import machine_codes
 from .targets import TARGETS, Target
 
@@ -21,7 +24,7 @@ class ElementLoop:
     elements: int  # of a thread in one turn
     bytes_loaded: float  # for an element
     bytes_stored: float
-    declared_bytes: int
+    declared_bytes: float
     instructions: float  # for an element
     fast_instructions: float  # without those of rare values
     budget: float  # of instructions for an element, beyond which not the memory is the limit
@@ -83,6 +86,8 @@ def _element_loop(kernel: Kernel, target: Target, loop: Loop) -> ElementLoop:
     moved = Counter({"load": 0, "store": 0})
     for (access, width), count in accesses(loop).items():
         moved[access] += width * count
+    for access in moved:  # the threads of a warp share a scale
+        moved[access] -= torch.float32.itemsize * kernel.scales
     sizes = {"load": _size(kernel.read), "store": _size(kernel.written)}
     access = "store" if kernel.written else "load"  # a stray load may be one of a table
     elements = moved[access] // sizes[access]
@@ -90,8 +95,8 @@ def _element_loop(kernel: Kernel, target: Target, loop: Loop) -> ElementLoop:
     spills = sum(bool(re.search(r"\b(LDL|STL|scratch_\w+)\b", text)) for text in loop.instructions)
     return ElementLoop(
         elements=elements,
-        bytes_loaded=moved["load"] / elements,
-        bytes_stored=moved["store"] / elements,
+        bytes_loaded=moved["load"] / elements + kernel.scales * SCALE_BYTES,
+        bytes_stored=moved["store"] / elements + kernel.scales * SCALE_BYTES,
         declared_bytes=kernel.bytes_per_element,
         instructions=len(loop.instructions) / elements,
         fast_instructions=loop.fast / elements,
@@ -121,14 +126,16 @@ def _waste(kernel: Kernel, numbers: dict[str, Any], loop: ElementLoop | None) ->
     if loop is None:
         return found
     moved = loop.bytes_loaded + loop.bytes_stored
-    if moved != loop.declared_bytes:
-        found.append(f"moves {moved:g} bytes an element, not {loop.declared_bytes}")
+    if not math.isclose(moved, loop.declared_bytes):
+        found.append(f"moves {moved:g} bytes an element, not {loop.declared_bytes:g}")
     if numbers["loops"][0] != kernel.accesses():
         found.append(f"has accesses {numbers['loops'][0]}, not {dict(kernel.accesses())}")
     if loop.table_loads:
         found.append("reads tables for every block")
-    if loop.instructions > loop.budget:
-        found.append(f"has {loop.instructions:.0f} instructions an element, more than {loop.budget:.0f}")
+    # What states in 8 bits save in bytes over those of fp32, they may take in instructions.
+    budget = loop.budget * kernel.full_bytes_per_element / kernel.bytes_per_element
+    if loop.instructions > budget:
+        found.append(f"has {loop.instructions:.0f} instructions an element, more than {budget:.0f}")
     return found
 
 
