@@ -183,6 +183,9 @@ def update_tile(
     """One block of elements of every stream: load, apply the rule, store."""
     offsets = start + lanes
     mask = offsets < stop
+    if len(lanes.shape) == 2:  # the addresses of a thread are then one and constants, which takes fewer registers
+        first += start
+        offsets = lanes
     # The alignment hint belongs to the cast that makes the pointer, so every caller casts anew.
     param_ptr = tl.multiple_of(param_address.to(tl.pointer_type(PARAM)), ALIGN) + first
     grad_ptr = tl.multiple_of(grad_address.to(tl.pointer_type(GRAD)), GRAD_ALIGN) + first

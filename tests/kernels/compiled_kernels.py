@@ -12,6 +12,7 @@ from tests.cases import AVERAGED, CASES, MODES
 TESTED = ["sm_80", "sm_90", "gfx942"]
 EVERY_MODE = [*MODES, *AVERAGED]
 HEAVIEST = ["bfloat16-rounding=stochastic", "bfloat16-ema_decay=0.999-master_weights"]  # most registers and streams
+QUANTIZED = "float32-state_dtype=8bit"
 NUMBERS = [1, 2, 15, 16, 17, 2**31 - 1, 2**31, 2**40]
 UPDATES = updates_of(CASES, EVERY_MODE)
 PREPARES = prepares_of(UPDATES)
@@ -25,7 +26,9 @@ def compiled_for(kernel):
     A rule is the same text in every mode, and a mode the same for every rule, so that all modes are compiled with SGD
     and Adam only, and with the other rules those of most code. `bench.static` compiles everything for all targets.
     """
-    is_usual = kernel.dtypes in (*SIGNATURES, *HEAVIEST)
+    is_usual = kernel.dtypes in (*SIGNATURES, *HEAVIEST, QUANTIZED)
+    if kernel.dtypes == QUANTIZED:
+        return TESTED if kernel.rule in ("sgd-momentum_buffer", "adam-exp_avg-exp_avg_sq") else []
     if kernel.dtypes == "fp32" or (is_usual and kernel.rule in ("sgd-momentum_buffer", "adam-exp_avg-exp_avg_sq")):
         return TESTED
     return ["sm_90"] if is_usual or kernel.optimizer.kernel in ("sgd", "adam") else []
