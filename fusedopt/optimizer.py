@@ -60,11 +60,14 @@ class FusedOptimizer(torch.optim.Optimizer):
             ``TRITON_INTERPRET=1`` must have turned on. Not part of the ``state_dict``.
         state_dtype: the dtype in which states are created, fp32, bf16 or fp16; None means the parameter's. States that
             are there, or loaded, keep theirs. All arithmetic is in fp32 (fp64 for fp64 parameters). fp16 holds no
-            square of a number beyond 255.
+            square of a number beyond 255. ``"8bit"`` stores states in 8 bits, with a scale in fp32 for each block of
+            256 elements; those that are there are converted, and are converted back where a group asks for something
+            else. Parameters below 4,096 elements, sparse ones, and states for which `is_exact` is true keep their
+            dtype.
         master_weights: keep an fp32 copy of each 16-bit parameter, which is updated; the parameter is its rounding.
             Where the parameter is not (somebody has written it since), the parameter counts.
         kahan: keep what rounding a 16-bit parameter lost, and add it at the next step.
-        rounding: ``"nearest"``, or ``"stochastic"`` for 16-bit states and for 16-bit parameters of which neither
+        rounding: ``"nearest"``, or ``"stochastic"`` for states in 16 or 8 bits and for 16-bit parameters of which neither
             `master_weights` nor `kahan` keeps more: up or down, with the probabilities that make the mean right.
         seed: of stochastic rounding, in :math:`[0, 2^{64})`. The random numbers are a function of the seed, the place
             of the parameter among all of the optimizer's, the number of steps that the optimizer has taken, the state
@@ -100,6 +103,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     step before the capture, so that the states are there. The optimizer keeps what the graph reads as long as it lives.
 
     State:
+        States in 8 bits are tensors that decode themselves for any operation of torch: they look like fp32
+        (complex64), ``dequantize()`` returns such a tensor, and what is written into them is encoded.
+
         Beside those of the class, ``master_param`` (fp32) or ``kahan_comp`` (of the parameter's dtype) for 16-bit
         parameters; ``ema`` (of the parameter's dtype, fp32 for 16-bit ones, from the master weights or the compensated
         ones where they are kept).
