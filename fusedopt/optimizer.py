@@ -67,8 +67,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         master_weights: keep an fp32 copy of each 16-bit parameter, which is updated; the parameter is its rounding.
             Where the parameter is not (somebody has written it since), the parameter counts.
         kahan: keep what rounding a 16-bit parameter lost, and add it at the next step.
-        rounding: ``"nearest"``, or ``"stochastic"`` for states in 16 or 8 bits and for 16-bit parameters of which neither
-            `master_weights` nor `kahan` keeps more: up or down, with the probabilities that make the mean right.
+        rounding: ``"nearest"``, or ``"stochastic"`` for states in 16 or 8 bits and for 16-bit parameters of which
+            neither `master_weights` nor `kahan` keeps more: up or down, with the probabilities that make the mean right.
         seed: of stochastic rounding, in :math:`[0, 2^{64})`. The random numbers are a function of the seed, the place
             of the parameter among all of the optimizer's, the number of steps that the optimizer has taken, the state
             and the element: for a DTensor of which only rows are split, its place in the whole. The number of steps is

@@ -22,7 +22,9 @@ def tile(BLOCK_SIZE: tl.constexpr, CONTIGUITY: tl.constexpr):
     REPETITIONS: tl.constexpr = BLOCK // WIDTH
     lanes = tl.arange(0, BLOCK_SIZE // REPETITIONS)
     offsets = tl.arange(0, REPETITIONS)[:, None] * WIDTH + (lanes // WIDTH * BLOCK + lanes % WIDTH)[None, :]
-    return tl.max_contiguous(tl.multiple_of(offsets, [1, CONTIGUITY]), [1, CONTIGUITY])
+    # That each number has a neighbour is true of every tile: else Triton 3.6 lays the threads of a warp along a column.
+    NEIGHBOURS: tl.constexpr = 2 if CONTIGUITY == 1 else CONTIGUITY
+    return tl.max_contiguous(tl.multiple_of(offsets, [1, CONTIGUITY]), [1, NEIGHBOURS])
 
 
 @triton.jit
@@ -44,7 +46,8 @@ def store_scales(address, start, stop, scales):
     """Where `load_scales` read. One thread of the 32 that have it writes a scale: another would have to be given it."""
     blocks = start + tl.arange(0, scales.numel)[:, None] * BLOCK
     threads = tl.arange(0, 32)[None, :]
-    ptrs = (address + blocks // BLOCK * 4 + tl.zeros_like(threads)).to(tl.pointer_type(tl.float32))
+    # With `threads`, of which only 0 stores, those of a warp lie along a row: Triton 3.6 asks for a reason.
+    ptrs = address.to(tl.pointer_type(tl.float32)) + blocks // BLOCK + threads
     tl.store(ptrs, tl.broadcast_to(scales[:, None], ptrs.shape), mask=(blocks < stop) & (threads == 0))
 
 
