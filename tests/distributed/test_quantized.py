@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict import (  # noqa: E402
     set_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
-from torch.distributed.tensor import DTensor  # noqa: E402
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor  # noqa: E402
 
 BLOCK = 256
 STATES = ("exp_avg", "exp_avg_sq")
@@ -379,3 +379,31 @@ def test_zero():
     for pair in ((model, sharded), (resumed, other)):
         train(*pair, range(2, 4))
     assert [bits(param) for param in resumed.parameters()] == [bits(param) for param in model.parameters()]
+
+
+def test_all_ranks_in_one_process():
+    """In LocalTensorMode all ranks have codes: those of a step without ranks."""
+    local = pytest.importorskip("torch.distributed._local_tensor")
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    def trained(place):
+        params = [nn.Parameter(place(torch.ones(4, 256))), nn.Parameter(place(torch.ones(3, 100)))]
+        optimizer = fusedopt.AdamW(params, lr=0.1, state_dtype="8bit", rounding="stochastic", backend="eager")
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(2):
+            for param in params:
+                param.grad = place(torch.randn(param.shape, generator=generator))
+            optimizer.step()
+        return params[0].detach(), optimizer.state[params[0]]["exp_avg"]
+
+    expected, state = trained(torch.clone)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        mesh = init_device_mesh("cpu", (2,))
+        with local.LocalTensorMode(2):
+            param, mine = trained(lambda tensor: distribute_tensor(tensor, mesh, [Shard(0)]))
+            assert bits(param.full_tensor().reconcile()) == bits(expected)
+            assert bits(mine.full_tensor().reconcile()) == bits(state.dequantize())
+            assert type(held(mine)) is Quantized
+    finally:
+        dist.destroy_process_group()
