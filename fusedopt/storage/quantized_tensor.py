@@ -233,6 +233,14 @@ def _to(
     return None
 
 
+def _new_empty(tensor: Decoded, size: Sequence[int], *, device: Any = None, **options: Any) -> Decoded | None:
+    """For torch.distributed.checkpoint.async_save, which copies a tensor by this, and then each of its attributes."""
+    same = tuple(size) == tuple(tensor.shape) and options.get("dtype") is None
+    if isinstance(tensor, Quantized) and same and device is not None:
+        return tensor.with_memory(torch.empty_like(tensor.memory, device=device))
+    return None
+
+
 def _copy(tensor: Any, source: Any, non_blocking: bool = False) -> Any:
     if not (isinstance(tensor, Quantized) and isinstance(source, Quantized)):
         return None
@@ -250,6 +258,7 @@ _AS_STORED: dict[Any, Callable[..., Any]] = {
     aten.clone.default: _clone,
     aten._to_copy.default: _to,
     aten.copy_.default: _copy,
+    aten.new_empty.default: _new_empty,
 }
 
 torch.serialization.add_safe_globals([_rebuilt])

@@ -332,6 +332,28 @@ def test_set_optimizer_state_dict_takes_what_get_gives():
             assert bits(held(value).memory) == bits(held(twin).memory)
 
 
+@on_one_worker
+def test_async_save(tmp_path):
+    """It copies tensors by their memory and attributes before it writes them."""
+    run_on_ranks(2, save_while_training, folder=tmp_path)
+    run_on_ranks(2, load_and_go_on, folder=tmp_path, is_sharded=True, is_recut=False, backend="eager")
+
+
+def save_while_training(folder):
+    model = make_model()
+    optimizer = make(model)
+    train(model, optimizer, range(2))
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    states = {"model": model_state, "optimizer": optimizer_state}
+    saving = dcp.async_save(states, checkpoint_id=folder, process_group=dist.new_group(backend="gloo"))
+    values = [values_of(model, optimizer)]
+    saving.result()
+    train(model, optimizer, range(2, 4))
+    values.append(values_of(model, optimizer))
+    if dist.get_rank() == 0:
+        torch.save(values, folder / "values.pt")
+
+
 @on_ranks(2)
 def test_full_state_dict():
     model = make_model()

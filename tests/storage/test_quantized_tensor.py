@@ -357,7 +357,13 @@ def test_what_has_the_same_bits_shares_them():
     for other in (tensor.clone(), tensor.to("meta"), tensor.to(DEVICE, copy=True)):
         assert type(other) is Quantized
         assert other.memory is not tensor.memory
-    for plain in (tensor * 2, tensor.to(torch.float64), torch.zeros_like(tensor), torch.cat([tensor, tensor])):
+    for plain in (
+        tensor.new_empty(tensor.shape),
+        tensor * 2,
+        tensor.to(torch.float64),
+        torch.zeros_like(tensor),
+        torch.cat([tensor, tensor]),
+    ):
         assert type(plain) is torch.Tensor
 
 
