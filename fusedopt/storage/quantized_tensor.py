@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from . import quantized
 
@@ -50,6 +50,8 @@ class Decoded(Tensor):
                 return result
         if func.is_view and func not in _LAZY and isinstance(args[0], Decoded):
             return _view(args[0], lambda whole: func(whole, *args[1:], **kwargs))
+        if func._schema.name in ("c10d::recv_", "c10d::recv_any_source_"):  # nobody may wait for them here
+            raise RuntimeError("a state in 8 bits cannot receive: let another tensor, and copy that into the state")
         decoded: dict[int, tuple[Decoded, Tensor]] = {}
 
         def dequantized(tensor: Decoded) -> Tensor:
@@ -58,6 +60,8 @@ class Decoded(Tensor):
             return decoded[id(tensor)][1]
 
         result = func(*tree_map_only(Decoded, dequantized, args), **tree_map_only(Decoded, dequantized, kwargs))
+        if _is_collective(func):
+            _wait_for(result)
         for written in _written(func, args, kwargs):
             written.store(decoded[id(written)][1])
         owners = {id(plain): tensor for tensor, plain in decoded.values()}  # an operation in place returns its tensor
@@ -211,12 +215,26 @@ def _view_of(base: Quantized, lie: Tensor) -> Decoded:
 
 def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Decoded]:
     """Which arguments an operation writes."""
+    if _is_collective(func):  # whose schemas do not say that they write the first one
+        yield from (tensor for tensor in tree_leaves(args[0]) if isinstance(tensor, Decoded))
+        return
     for place, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             given = args[place] if place < len(args) else kwargs.get(argument.name)
             for tensor in given if isinstance(given, list | tuple) else [given]:
                 if isinstance(tensor, Decoded):
                     yield tensor
+
+
+def _is_collective(func: Any) -> bool:
+    return bool(func.namespace == "c10d" and func._schema.name != "c10d::send")
+
+
+def _wait_for(result: Any) -> None:
+    """Let a collective of torch.distributed write what it was given."""
+    for work in tree_leaves(result):
+        if isinstance(work, torch.ScriptObject):
+            torch.distributed.Work.unbox(work).wait()
 
 
 def _clone(tensor: Decoded, *, memory_format: Any = None) -> Decoded | None:

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import nn
 
 import fusedopt
-from fusedopt.storage import precision
-from fusedopt.storage.quantized_tensor import Decoded, Quantized
+from fusedopt.storage import precision, quantized
+from fusedopt.storage.quantized_tensor import Decoded, Quantized, quantize
 from tests.cases import FP32
 from tests.ranks import on_one_worker, on_ranks, rank_device, run_on_ranks
 from tests.twins import BACKENDS, ENGINES, bits
@@ -330,6 +330,69 @@ def test_set_optimizer_state_dict_takes_what_get_gives():
         assert len(mine) == 6
         for value, twin in zip(mine, theirs, strict=True):
             assert bits(held(value).memory) == bits(held(twin).memory)
+
+
+@on_ranks(2)
+def test_whole_state_dicts_of_whole_parameters():
+    """There they hold the codes of rank 0, which the others get as numbers."""
+    model = make_model(is_sharded=False)
+    optimizer = make(model)
+    train(model, optimizer, [dist.get_rank()])
+    saved = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True))
+    expected = [values_of(model, optimizer) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(expected, device=rank_device())
+    how = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_optimizer_state_dict(model, optimizer, saved, options=how)
+    assert_same(values_of(model, optimizer), {**expected[0], **parameters_of(model)})
+
+
+@on_ranks(2)
+def test_collectives():
+    """They read and write states as other tensors, also after they have returned."""
+    rank = dist.get_rank()
+
+    def state(value):  # which has a code
+        return quantize(torch.full((4, 256), value, device=rank_device()), quantized.SIGNED, (256, 1))
+
+    mine = state(15.0 * (1 + rank))
+    parts = [torch.zeros(4, 256, device=rank_device()), state(1.0)]
+    dist.all_gather(parts, mine)
+    assert [part.unique().tolist() for part in parts] == [[15], [30]]
+    dist.all_reduce(mine)
+    assert mine.unique().tolist() == [45]
+    dist.broadcast(mine[:2].mul_(1 + rank), 1)
+    assert mine[:, 0].tolist() == [90, 90, 45, 45]
+    other = state(15.0 * rank)
+    dist.broadcast(other, 1, async_op=True).wait()
+    assert other.unique().tolist() == [15]
+    if rank:
+        dist.send(other, 0)
+    else:
+        with pytest.raises(RuntimeError, match="cannot receive"):
+            dist.recv(other, 1)
+        received = torch.zeros(4, 256, device=rank_device())
+        dist.recv(received, 1)
+        assert received.unique().tolist() == [15]
+
+
+@on_ranks(4)
+def test_replicated_shards():
+    """On a mesh of two dimensions all replicas have the same codes; columns are split as well as rows."""
+    mesh = init_device_mesh(rank_device().type, (2, 2), mesh_dim_names=("replicate", "shard"))
+    models = make_model(is_sharded=False), make_model(is_sharded=False)
+    fsdp.fully_shard(models[0], mesh=mesh)
+    optimizers = [make(model, rounding="stochastic") for model in models]
+    for model, optimizer in zip(models, optimizers, strict=True):
+        train(model, optimizer, range(2))
+    for name in STATES:
+        sharded, single = (opt.state[model.blocks][name] for model, opt in zip(models, optimizers, strict=True))
+        assert bits(whole(sharded)) == bits(whole(single))
+    param = nn.Parameter(distribute_tensor(torch.ones(128, 64), mesh, [Shard(0), Shard(1)]))
+    optimizer = fusedopt.AdamW([param], state_dtype="8bit")
+    param.grad = distribute_tensor(grads_of(0)[0], mesh, [Shard(0), Shard(1)])
+    optimizer.step()
+    assert type(held(optimizer.state[param]["exp_avg"])) is Quantized
+    assert_close(whole(optimizer.state[param]["exp_avg"]), grads_of(0)[0] * 0.1, "exp_avg")
 
 
 @on_one_worker
