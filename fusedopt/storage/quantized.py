@@ -79,6 +79,24 @@ def encode(values: Tensor, code: torch.dtype, random: Tensor | None = None) -> T
     return memory
 
 
+def blocks(memory: Tensor, numel: int, begin: int, end: int) -> tuple[Tensor, int]:
+    """Codes and scales of some of the blocks of so many numbers, in new memory; how many numbers these are."""
+    codes, scales = _parts(memory, numel)
+    codes = codes[begin * BLOCK : end * BLOCK]
+    part = memory.new_zeros(size(codes.numel()))
+    for target, source in zip(_parts(part, codes.numel()), (codes, scales[begin:end]), strict=True):
+        target.copy_(source)
+    return part, codes.numel()
+
+
+def set_blocks(memory: Tensor, numel: int, begin: int, end: int, part: Tensor) -> None:
+    """Write what `blocks` reads."""
+    codes, scales = _parts(memory, numel)
+    codes = codes[begin * BLOCK : end * BLOCK]
+    for target, source in zip((codes, scales[begin:end]), _parts(part, codes.numel()), strict=True):
+        target.copy_(source)
+
+
 def _parts(memory: Tensor, numel: int) -> tuple[Tensor, Tensor]:
     """Views of the codes and of the scales."""
     return memory[:numel], memory[_first_scale(numel) :].view(torch.float32)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from . import quantized
 
 aten = torch.ops.aten
 PRESERVED = (None, torch.preserve_format)
+_BYTES = 4 * quantized.BLOCK  # of a block of decoded numbers
 
 
 class Decoded(Tensor):
@@ -48,8 +48,10 @@ class Decoded(Tensor):
             result = _AS_STORED[func](*args, **kwargs)
             if result is not None:
                 return result
-        if func.is_view and isinstance(args[0], Decoded):
+        if func.is_view and func not in _LAZY and isinstance(args[0], Decoded):
             return _view(args[0], lambda whole: func(whole, *args[1:], **kwargs))
+        if func._schema.name in ("c10d::recv_", "c10d::recv_any_source_"):  # nobody may wait for them here
+            raise RuntimeError("a state in 8 bits cannot receive: let another tensor, and copy that into the state")
         decoded: dict[int, tuple[Decoded, Tensor]] = {}
 
         def dequantized(tensor: Decoded) -> Tensor:
@@ -58,6 +60,8 @@ class Decoded(Tensor):
             return decoded[id(tensor)][1]
 
         result = func(*tree_map_only(Decoded, dequantized, args), **tree_map_only(Decoded, dequantized, kwargs))
+        if _is_collective(func):
+            _wait_for(result)
         for written in _written(func, args, kwargs):
             written.store(decoded[id(written)][1])
         owners = {id(plain): tensor for tensor, plain in decoded.values()}  # an operation in place returns its tensor
@@ -84,13 +88,35 @@ class Quantized(Decoded):
     def __init__(self, memory: Tensor, shape: Sequence[int], stride: Sequence[int], is_complex: bool) -> None:
         self.memory = memory
 
+    @property
+    def numbers(self) -> int:
+        """How many are stored."""
+        return self.numel() * (2 if self.is_complex() else 1)
+
     def dequantize(self) -> Tensor:
-        values = quantized.decode(self.memory, self.numel() * (2 if self.is_complex() else 1))
+        values = quantized.decode(self.memory, self.numbers)
         values = torch.view_as_complex(values.view(-1, 2)) if self.is_complex() else values
         return values.as_strided(self.shape, self.stride())
 
     def store(self, values: Tensor) -> None:
         self.memory.copy_(_encoded(values, self.memory.dtype, self.stride()))
+
+    @property
+    def data(self) -> Tensor:
+        """The tensor without autograd. Programs that move an optimizer to another device assign to it."""
+        return self.detach()
+
+    @data.setter
+    def data(self, values: Tensor) -> None:
+        if not isinstance(values, Quantized):
+            values = quantize(values, self.memory.dtype, torch.empty_like(values, device="meta").stride())
+        Tensor.data.__set__(self, values)  # type: ignore[attr-defined]
+        self.memory = values.memory
+
+    def share_memory_(self) -> Quantized:
+        """Let other processes reach the codes and scales."""
+        self.memory.share_memory_()
+        return self
 
     def with_memory(self, memory: Tensor) -> Quantized:
         """A tensor that lies as this one, with other codes and scales."""
@@ -101,24 +127,46 @@ class Quantized(Decoded):
 
 
 class View(Decoded):
-    """A view of such a tensor."""
+    """A view of such a tensor. It reads and writes the blocks that it reaches, the others keep their bits.
 
-    def __init__(self, base: Decoded, pick: Callable[[Tensor], Tensor], example: Tensor) -> None:
-        self.base, self.pick = base, pick
+    Args:
+        base: the tensor.
+        lie: a tensor without values, which lies in its memory as the view does among the numbers of `base`.
+    """
 
     @staticmethod
-    def __new__(cls, base: Decoded, pick: Callable[[Tensor], Tensor], example: Tensor) -> View:
+    def __new__(cls, base: Quantized, lie: Tensor) -> View:
         return Tensor._make_wrapper_subclass(  # type: ignore[attr-defined,no-any-return]
-            cls, example.shape, strides=example.stride(), dtype=example.dtype, device=example.device
+            cls, lie.shape, strides=lie.stride(), dtype=lie.dtype, device=base.device
         )
 
+    def __init__(self, base: Quantized, lie: Tensor) -> None:
+        self.base, self.lie = base, lie
+        first = lie.storage_offset()
+        last = first + sum((size - 1) * step for size, step in zip(lie.shape, lie.stride(), strict=True))
+        end = last + 1 if lie.numel() else first
+        self._blocks = first * lie.element_size() // _BYTES, -(-end * lie.element_size() // _BYTES)
+
     def dequantize(self) -> Tensor:
-        return self.pick(self.base.dequantize())
+        return self._pick(self._reached())
 
     def store(self, values: Tensor) -> None:
-        whole = self.base.dequantize()
-        self.pick(whole).copy_(values)
-        self.base.store(whole)
+        numbers = self._reached()
+        self._pick(numbers).copy_(values)
+        part = quantized.encode(numbers, self.base.memory.dtype)
+        quantized.set_blocks(self.base.memory, self.base.numbers, *self._blocks, part)
+
+    def _reached(self) -> Tensor:
+        part, numel = quantized.blocks(self.base.memory, self.base.numbers, *self._blocks)
+        return quantized.decode(part, numel)
+
+    def _pick(self, numbers: Tensor) -> Tensor:
+        lie = self.lie
+        offset = lie.storage_offset() - self._blocks[0] * _BYTES // lie.element_size()
+        return numbers.view(lie.dtype).as_strided(lie.shape, lie.stride(), offset)
+
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        return self.dequantize().clone()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.dequantize().clone().__reduce_ex__(protocol)
@@ -146,19 +194,30 @@ def _rebuilt(memory: Tensor, shape: Sequence[int], stride: Sequence[int], is_com
     return Quantized(memory, shape, stride, is_complex)
 
 
-def _view(base: Decoded, pick: Callable[[Tensor], Any]) -> Any:
-    example = pick(base.dequantize())
-    if isinstance(example, Tensor):
-        return View(base, pick, example)
-    return [View(base, partial(_part, pick, place), part) for place, part in enumerate(example)]
+def _view(tensor: Decoded, view: Callable[[Tensor], Any]) -> Any:
+    if isinstance(tensor, View):
+        base, lie = tensor.base, tensor.lie
+    else:
+        assert isinstance(tensor, Quantized)
+        base = tensor
+        lie = torch.empty_strided(base.shape, base.stride(), dtype=base.dtype, device="meta")
+    views = view(lie)
+    # Views of what is no inference tensor are none either.
+    with torch.inference_mode(base.is_inference()):
+        return _view_of(base, views) if isinstance(views, Tensor) else [_view_of(base, one) for one in views]
 
 
-def _part(pick: Callable[[Tensor], Any], place: int, whole: Tensor) -> Tensor:
-    return pick(whole)[place]  # type: ignore[no-any-return]
+def _view_of(base: Quantized, lie: Tensor) -> Decoded:
+    if (lie.shape, lie.stride(), lie.dtype) == (base.shape, base.stride(), base.dtype):
+        return base.with_memory(base.memory)
+    return View(base, lie)
 
 
 def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Decoded]:
     """Which arguments an operation writes."""
+    if _is_collective(func):  # whose schemas do not say that they write the first one
+        yield from (tensor for tensor in tree_leaves(args[0]) if isinstance(tensor, Decoded))
+        return
     for place, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             given = args[place] if place < len(args) else kwargs.get(argument.name)
@@ -167,8 +226,15 @@ def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator
                     yield tensor
 
 
-def _same(tensor: Decoded) -> Decoded | None:
-    return tensor.with_memory(tensor.memory) if isinstance(tensor, Quantized) else None
+def _is_collective(func: Any) -> bool:
+    return bool(func.namespace == "c10d" and func._schema.name != "c10d::send")
+
+
+def _wait_for(result: Any) -> None:
+    """Let a collective of torch.distributed write what it was given."""
+    for work in tree_leaves(result):
+        if isinstance(work, torch.ScriptObject):
+            torch.distributed.Work.unbox(work).wait()
 
 
 def _clone(tensor: Decoded, *, memory_format: Any = None) -> Decoded | None:
@@ -185,6 +251,14 @@ def _to(
     return None
 
 
+def _new_empty(tensor: Decoded, size: Sequence[int], *, device: Any = None, **options: Any) -> Decoded | None:
+    """For torch.distributed.checkpoint.async_save, which copies a tensor by this, and then each of its attributes."""
+    same = tuple(size) == tuple(tensor.shape) and options.get("dtype") is None
+    if isinstance(tensor, Quantized) and same and device is not None:
+        return tensor.with_memory(torch.empty_like(tensor.memory, device=device))
+    return None
+
+
 def _copy(tensor: Any, source: Any, non_blocking: bool = False) -> Any:
     if not (isinstance(tensor, Quantized) and isinstance(source, Quantized)):
         return None
@@ -194,13 +268,15 @@ def _copy(tensor: Any, source: Any, non_blocking: bool = False) -> Any:
     return tensor
 
 
+# Views that compute: torch does that for whoever reads them, but not within a subclass. Here they are copies.
+_LAZY = {aten._conj.default, aten._neg_view.default}
+
 # The operations that leave numbers as they are need not decode them. None: not in this case.
 _AS_STORED: dict[Any, Callable[..., Any]] = {
-    aten.detach.default: _same,
-    aten.alias.default: _same,
     aten.clone.default: _clone,
     aten._to_copy.default: _to,
     aten.copy_.default: _copy,
+    aten.new_empty.default: _new_empty,
 }
 
 torch.serialization.add_safe_globals([_rebuilt])
