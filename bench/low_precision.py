@@ -1,5 +1,7 @@
 """A small network learns with weights in fp32, and in bf16 in every way that fusedopt has: a table, a figure and JSON.
 
+Both also with states in 8 bits, where parameters are large enough: the weights of the two hidden layers are.
+
 All runs of a seed begin with the same weights, which bf16 can hold, and get the same batches. The learning rate is so
 small that rounding to nearest loses most updates. In the end all weights are judged alike: widened to fp32, by the loss
 of the whole training set in fp32. With master weights, too, it is the bf16 parameters that are judged.
@@ -27,6 +29,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 import fusedopt
+from fusedopt.storage.quantized_tensor import Quantized
 
 from .common import Parser, default_device, device_name, usable_device, writable_file
 from .demo import BATCH_SIZE, Data, backend_of, evaluate, load_data, make_network
@@ -41,8 +44,9 @@ NEAREST = "bf16 nearest"
 CLOSE = 5  # percent of fp32's final loss
 
 # Colours of Okabe and Ito's palette, which colour-blind readers can tell apart.
-GREY, ORANGE, BLUE, GREEN, PINK = "0.75", "#E69F00", "#0072B2", "#009E73", "#CC79A7"
+GREY, ORANGE, BLUE, GREEN, PINK, RED, SKY = "0.75", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#D55E00", "#56B4E9"
 WIDTHS = {"fp32": 8, "bf16 + Kahan": 4.5}  # of lines that others lie upon
+LINES: dict[Any, Any] = {None: (0, (4, 2)), torch.float32: "solid", "8bit": (0, (1, 1))}  # by the states' dtype
 
 
 @dataclass(frozen=True)
@@ -54,8 +58,13 @@ class Mode:
     options: dict[str, Any]
     color: str
 
-    def with_fp32_states(self) -> Mode:
-        return Mode(self.name, self.dtype, {**self.options, "state_dtype": torch.float32}, self.color)
+    def with_states(self, dtype: torch.dtype | str) -> Mode:
+        return Mode(self.name, self.dtype, {**self.options, "state_dtype": dtype}, self.color)
+
+    @property
+    def line(self) -> Any:
+        """The style of its line, by what its states are stored in."""
+        return LINES[self.options.get("state_dtype", None if self.dtype == torch.bfloat16 else torch.float32)]
 
     @property
     def label(self) -> str:
@@ -64,14 +73,22 @@ class Mode:
 
 
 FP32 = Mode("fp32", torch.float32, {}, GREY)
+FP32_8BIT = [
+    Mode("fp32, states nearest", torch.float32, {"state_dtype": "8bit"}, RED),
+    Mode("fp32, states stochastic", torch.float32, {"state_dtype": "8bit", "rounding": "stochastic"}, SKY),
+]
 BF16 = [
     Mode(NEAREST, torch.bfloat16, {}, ORANGE),
     Mode("bf16 + Kahan", torch.bfloat16, {"kahan": True}, BLUE),
     Mode("bf16 + stochastic", torch.bfloat16, {"rounding": "stochastic"}, GREEN),
     Mode("bf16 + master weights", torch.bfloat16, {"master_weights": True}, PINK),
 ]
-# States are stored as the parameter is, unless one asks for another dtype.
-MODES = [FP32, *(row for mode in BF16 for row in (mode, mode.with_fp32_states()))]
+# States are stored as the parameter is, unless one asks for something else.
+MODES = [
+    FP32,
+    *FP32_8BIT,
+    *(row for mode in BF16 for row in (mode, mode.with_states(torch.float32), mode.with_states("8bit"))),
+]
 
 
 @dataclass
@@ -80,7 +97,7 @@ class Row:
 
     mode: str
     options: str
-    bytes: int = 0  # that a step moves for each element
+    bytes: float = 0  # that a step moves for each element of the first parameter
     curves: list[list[float]] = field(default_factory=list)  # of the training loss: at the start, after every epoch
     accuracies: list[float] = field(default_factory=list)  # on the test set, at the end
 
@@ -89,11 +106,13 @@ class Row:
         return [curve[-1] for curve in self.curves]
 
 
-def bytes_per_element(optimizer: torch.optim.Optimizer) -> int:
+def bytes_per_element(optimizer: torch.optim.Optimizer) -> float:
     """Bytes that a step moves for an element: parameter and states are read and written, the gradient is read."""
     param = optimizer.param_groups[0]["params"][0]
     states = [state for state in optimizer.state[param].values() if state.shape == param.shape]  # not step counts
-    return param.grad.itemsize + 2 * sum(tensor.itemsize for tensor in (param, *states))
+    stored = [state.memory if isinstance(state, Quantized) else state for state in states]
+    moved = param.grad.nbytes + 2 * sum(tensor.nbytes for tensor in (param, *stored))
+    return moved / param.numel()
 
 
 def train(mode: Mode, row: Row, seed: int, data: tuple[Data, Data], options: argparse.Namespace, bar: tqdm) -> str:
@@ -125,7 +144,7 @@ def train_all(options: argparse.Namespace) -> tuple[list[Row], str]:
         for seed in range(options.seeds):
             data = load_data(seed, options.device)
             for mode, row in zip(MODES, rows, strict=True):
-                bar.set_description(f"seed {seed}, {mode.name:21}")
+                bar.set_description(f"seed {seed}, {mode.name:23}")
                 backend = train(mode, row, seed, data, options, bar)
     return rows, backend
 
@@ -140,7 +159,7 @@ def table(rows: list[Row], style: str = "simple") -> str:
     cells = []
     for row in rows:
         above = differences(row, rows[0])
-        cells.append([row.mode, row.options, row.bytes, f"{statistics.median(row.final):.4f}"])
+        cells.append([row.mode, row.options, f"{row.bytes:.4g}", f"{statistics.median(row.final):.4f}"])
         cells[-1] += [f"{min(row.final):.4f}–{max(row.final):.4f}"]
         cells[-1] += (
             [f"{statistics.median(above):+.2f} %", f"{max(above, key=abs):+.2f} %"] if row is not rows[0] else ["", ""]
@@ -169,9 +188,7 @@ def draw(rows: list[Row], path: Path) -> None:
     figure = Figure(figsize=(11, 5), layout="constrained")
     panels = figure.subplots(1, 2)
     for mode, row in zip(MODES, rows, strict=True):
-        line: dict[str, Any] = {"color": mode.color, "linewidth": WIDTHS.get(mode.name, 2)}
-        if mode is not FP32 and "state_dtype" not in mode.options:
-            line["linestyle"] = (0, (4, 2))
+        line = {"color": mode.color, "linewidth": WIDTHS.get(mode.name, 2), "linestyle": mode.line}
         panels[0].plot([statistics.median(losses) for losses in zip(*row.curves, strict=True)], **line)
         if mode.name != NEAREST:  # it would leave no room for the others
             above = [statistics.median(differences(row, rows[0], epoch)) for epoch in range(len(row.curves[0]))]
@@ -188,13 +205,12 @@ def draw(rows: list[Row], path: Path) -> None:
         panel.tick_params(labelsize=11)
         panel.grid(color="0.9")
         panel.spines[["top", "right"]].set_visible(False)
-    handles = [Line2D([], [], color=mode.color, linewidth=3, label=mode.name) for mode in (FP32, *BF16)]
+    handles = [Line2D([], [], color=mode.color, linewidth=3, label=mode.name) for mode in (FP32, *FP32_8BIT, *BF16)]
     handles += [
-        Line2D([], [], linestyle="none", label=""),  # fills the column
-        Line2D([], [], color="0.4", linewidth=2, label="states in fp32"),
-        Line2D([], [], color="0.4", linewidth=2, linestyle=(0, (4, 2)), label="states in bf16"),
+        Line2D([], [], color="0.4", linewidth=2, linestyle=style, label=f"states in {name}")
+        for name, style in zip(("bf16", "fp32", "8 bits"), LINES.values(), strict=True)
     ]
-    figure.legend(handles=handles, loc="outside upper center", ncols=4, fontsize=12, frameon=False)
+    figure.legend(handles=handles, loc="outside upper center", ncols=4, fontsize=11, frameon=False)
     figure.savefig(path, format="png", dpi=150)
 
 

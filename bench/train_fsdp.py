@@ -2,8 +2,7 @@
 
     torchrun --nproc-per-node 2 bench/train_fsdp.py
 
-Runs on GPUs with NCCL if every rank has one, else on CPUs with gloo. The text, read byte by byte, is that of the
-licences and descriptions of whatever Python packages are installed. Both sides begin with the same weights, get the
+Runs on GPUs with NCCL if every rank has one, else on CPUs with gloo. Both sides begin with the same weights, get the
 same batches and clip gradients by the norm of the whole model, so that the two curves coincide but for rounding.
 """
 
@@ -16,7 +15,6 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -26,51 +24,19 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # torchrun starts a file, not a module
 
 import fusedopt
 from bench.demo import BLUE, ORANGE, Parser, backend_of, writable_file
+from bench.transformer import Transformer, as_tensor, batches, find_text, loss_of
 
-BYTES = 256
-CONTEXT, BATCH_SIZE = 64, 16  # of each rank
+BATCH_SIZE = 16  # of each rank
 WIDTH, HEADS, LAYERS = 96, 4, 2
-MOST_TEXT = 1 << 20
 ADAMW = {"lr": 2e-3, "betas": (0.9, 0.95), "weight_decay": 0.1}
 MAX_GRAD_NORM = 0.5
 REPORTED = 10  # how often the table and the figure show the loss, in parts of the run
-
-
-class Block(nn.Module):
-    """Attention to the bytes so far, and two layers that see one byte."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(2))
-        self.to_qkv, self.from_heads = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.layers = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
-
-    def forward(self, x: Tensor) -> Tensor:
-        qkv = self.to_qkv(self.norms[0](x)).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
-        heads = scaled_dot_product_attention(*qkv, is_causal=True)
-        x = x + self.from_heads(heads.transpose(1, 2).flatten(2))
-        return x + self.layers(self.norms[1](x))
-
-
-class Transformer(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes, self.places = nn.Embedding(BYTES, WIDTH), nn.Embedding(CONTEXT, WIDTH)
-        self.blocks = nn.ModuleList(Block() for _ in range(LAYERS))
-        self.norm, self.scores = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, BYTES)
-
-    def forward(self, text: Tensor) -> Tensor:
-        x = self.bytes(text) + self.places.weight
-        for block in self.blocks:
-            x = block(x)
-        return self.scores(self.norm(x))
 
 
 @dataclass
@@ -83,35 +49,16 @@ class Run:
     test_loss: float = float("nan")
 
 
-def find_text() -> bytes:
-    """Licences and descriptions of the installed packages, in the order of their names."""
-    found = {}
-    for package in metadata.distributions():
-        paths = [path for path in package.files or () if "LICENSE" in path.name.upper() and path.suffix != ".py"]
-        texts = [package.read_text("METADATA") or ""]
-        texts += [path.locate().read_text(errors="ignore") for path in paths if Path(path.locate()).is_file()]
-        found[package.name] = "\n".join(texts)
-    return "\n".join(found[name] for name in sorted(found)).encode()[:MOST_TEXT]
-
-
 def load_text(device: torch.device) -> Tensor:
     """The same bytes on all ranks, those that the first one finds."""
     found = [find_text() if dist.get_rank() == 0 else b""]
     dist.broadcast_object_list(found, device=device)
-    return torch.frombuffer(bytearray(found[0]), dtype=torch.uint8).long().to(device)
+    return as_tensor(found[0]).to(device)
 
 
-def batches(text: Tensor, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pieces of the text from random places, and the bytes that come next; other ones on each rank."""
-    generator = torch.Generator().manual_seed(seed * dist.get_world_size() + dist.get_rank())
-    for _ in range(steps):
-        starts = torch.randint(len(text) - CONTEXT, (BATCH_SIZE, 1), generator=generator).to(text.device)
-        pieces = text[starts + torch.arange(CONTEXT + 1, device=text.device)]
-        yield pieces[:, :-1], pieces[:, 1:]
-
-
-def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    return cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten())
+def batches_of_rank(text: Tensor, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Other ones on each rank."""
+    return batches(text, steps, seed * dist.get_world_size() + dist.get_rank(), BATCH_SIZE)
 
 
 def mean_over_ranks(losses: Iterable[Tensor]) -> list[float]:
@@ -123,7 +70,7 @@ def mean_over_ranks(losses: Iterable[Tensor]) -> list[float]:
 def train(library: str, text: Tensor, mesh: DeviceMesh, options: argparse.Namespace) -> Run:
     """Train a new model with AdamW of this library."""
     torch.manual_seed(options.seed)
-    model = Transformer().to(text.device)
+    model = Transformer(WIDTH, HEADS, LAYERS).to(text.device)
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -135,7 +82,7 @@ def train(library: str, text: Tensor, mesh: DeviceMesh, options: argparse.Namesp
     train_text, test_text = text[: -len(text) // 10], text[-len(text) // 10 :]
     losses = []
     for batch in tqdm(
-        batches(train_text, options.steps, options.seed),
+        batches_of_rank(train_text, options.steps, options.seed),
         library,
         total=options.steps,
         unit="step",
@@ -155,7 +102,7 @@ def train(library: str, text: Tensor, mesh: DeviceMesh, options: argparse.Namesp
     run.losses = mean_over_ranks(losses)
     with torch.no_grad():
         run.test_loss = statistics.mean(
-            mean_over_ranks(loss_of(model, batch) for batch in batches(test_text, 20, options.seed + 1))
+            mean_over_ranks(loss_of(model, batch) for batch in batches_of_rank(test_text, 20, options.seed + 1))
         )
     return run
 

@@ -18,7 +18,7 @@ for package in ("matplotlib", "sklearn", "tabulate", "tqdm"):
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMITTED = json.loads((ROOT / "bench" / "results" / "low-precision-cpu.json").read_text())
-FP32_STATES = "state_dtype=torch.float32"
+FP32_STATES, EIGHT_BITS = "state_dtype=torch.float32", "state_dtype='8bit'"
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_trains_prints_draws_and_records(tmp_path):
     command = [sys.executable, "-m", "bench.low_precision", *arguments]
     result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
-    assert "9/9" in result.stderr  # the progress bar
+    assert "15/15" in result.stderr  # the progress bar
     recorded = json.loads((tmp_path / "curves.json").read_text())
     assert recorded["command"].startswith("python -m bench.low_precision --epochs 1 --seeds 1")
     assert (recorded["torch"], recorded["optimizer"], recorded["epochs"]) == (torch.__version__, "SGD", 1)
@@ -56,9 +56,11 @@ def test_trains_prints_draws_and_records(tmp_path):
 @pytest.mark.parametrize(
     ("mode", "options"),
     [
+        ("fp32, states stochastic", f"{EIGHT_BITS}, rounding='stochastic'"),
         ("bf16 + Kahan", f"kahan=True, {FP32_STATES}"),
         ("bf16 + stochastic", "rounding='stochastic'"),
         ("bf16 + stochastic", f"rounding='stochastic', {FP32_STATES}"),
+        ("bf16 + stochastic", f"rounding='stochastic', {EIGHT_BITS}"),
         ("bf16 + master weights", f"master_weights=True, {FP32_STATES}"),
     ],
 )
@@ -67,10 +69,24 @@ def test_committed_run_follows_fp32(mode, options):
         assert loss == pytest.approx(fp32, rel=0.05)
 
 
-@pytest.mark.parametrize("options", ["", FP32_STATES])
+@pytest.mark.parametrize("options", ["", FP32_STATES, EIGHT_BITS])
 def test_committed_run_stalls_when_rounded_to_nearest(options):
     """By more than the seeds differ, too."""
     assert min(final("bf16 nearest", options)) > 1.05 * max(final("fp32", ""))
+
+
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [
+        ("fp32, states nearest", EIGHT_BITS),
+        ("bf16 + Kahan", f"kahan=True, {EIGHT_BITS}"),
+        ("bf16 + master weights", f"master_weights=True, {EIGHT_BITS}"),
+    ],
+)
+def test_committed_run_takes_longer_steps_with_8_bits_to_the_nearest(mode, options):
+    """As the page says. No seed follows fp32."""
+    for loss, fp32 in zip(final(mode, options), final("fp32", ""), strict=True):
+        assert loss < 0.95 * fp32
 
 
 def test_committed_run_is_the_default_one(low_precision, monkeypatch):
@@ -106,10 +122,12 @@ def test_table_tells_median_range_and_difference(low_precision):
         ("AdamW", torch.bfloat16, {"kahan": True, "state_dtype": torch.float32}, 2 + 2 * (2 + 2 + 4 + 4)),
         ("SGD", torch.bfloat16, {"momentum": 0.9, "master_weights": True}, 2 + 2 * (2 + 2 + 4)),
         ("Lion", torch.float32, {}, 4 + 2 * (4 + 4)),
+        ("AdamW", torch.float32, {"state_dtype": "8bit"}, 4 + 2 * (4 + 2 * (1 + 4 / 256))),
+        ("Lion", torch.bfloat16, {"state_dtype": "8bit"}, 2 + 2 * (2 + 1 + 4 / 256)),
     ],
 )
 def test_bytes(name, dtype, options, expected, low_precision):
-    param = torch.nn.Parameter(torch.ones(3, dtype=dtype))
+    param = torch.nn.Parameter(torch.ones(4096, dtype=dtype))
     optimizer = getattr(fusedopt, name)([param], lr=0.1, **options)
     param.grad = torch.ones_like(param)
     optimizer.step()
