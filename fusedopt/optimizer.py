@@ -18,6 +18,7 @@ from .engines.choice import BACKENDS, engine, numba_is_installed, triton_is_inst
 from .options import SKIPPED_STEPS, begin_counters, check_group, required_keys, settle_options
 from .protocol import Group, Scalars, States
 from .step import amp
+from .step.coding import codes_of, new_zeros
 from .step.hooks import hooked_step
 from .step.sharding import is_flattened, is_sharded
 from .stepper import Stepper
@@ -68,7 +69,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             Where the parameter is not (somebody has written it since), the parameter counts.
         kahan: keep what rounding a 16-bit parameter lost, and add it at the next step.
         rounding: ``"nearest"``, or ``"stochastic"`` for states in 16 or 8 bits and for 16-bit parameters of which
-            neither `master_weights` nor `kahan` keeps more: up or down, with the probabilities that make the mean right.
+            neither `master_weights` nor `kahan` keeps more: up or down, with the probabilities that make the mean
+            right.
         seed: of stochastic rounding, in :math:`[0, 2^{64})`. The random numbers are a function of the seed, the place
             of the parameter among all of the optimizer's, the number of steps that the optimizer has taken, the state
             and the element: for a DTensor of which only rows are split, its place in the whole. The number of steps is
@@ -227,13 +229,17 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def init_state(self, param: Tensor, state: dict[str, Any], group: Group) -> None:
         """Create the states that a parameter lacks: 0 for each number, zeros for each tensor."""
-        dtype = precision.state_dtype(param, group)
         for name in self.scalar_states:
             if self.uses(name, group):
                 state.setdefault(name, 0.0)
+        dtype, codes = precision.state_dtype(param, group), codes_of(self, self.states, param, group)
         for name in self.states:
             if self.uses(name, group) and state.get(name) is None:
-                state[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+                state[name] = (
+                    new_zeros(param, codes[name])
+                    if name in codes
+                    else torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+                )
 
     def check_sparse(self, group: Group, name: str) -> None:
         """Raise unless a step can use a sparse gradient."""

@@ -79,6 +79,7 @@ def _signatures(optimizer: FusedOptimizer) -> dict[tuple[torch.device, str], dic
             # Of one element, since only their dtypes matter. On the device: a subclass may look at the values.
             small = torch.zeros((1,) * param.dim(), dtype=param.dtype, device=local(param).device)
             create_states(optimizer, small, states, optimizer.param_groups[entry.group])
+        states.update({name: torch.empty(0, dtype=code) for name, code in entry.codes.items()})
         signature = signature_of(optimizer, entry, param.dtype, states)
         item = Item(entry.index, entry.group, signature, 1, entry.index, 0, *nowhere)
         found.setdefault((param.device, entry.engine), {}).setdefault(signature, item)

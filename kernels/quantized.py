@@ -88,7 +88,7 @@ def encode(values, mask, random, CODE: tl.constexpr, WHOLE: tl.constexpr):
     if random is None:
         codes = (bits + 0x80000) >> 20
     else:
-        codes = (bits + (random.to(tl.int32) << 4)) >> 20
+        codes = (bits + (random.to(tl.int32) << 4) + 8) >> 20  # what is a code already stays it
     if CODE == tl.uint8:
         codes = tl.maximum(codes, tl.minimum(magnitudes, 1))
     else:

@@ -154,10 +154,7 @@ def signature_of(optimizer: OptimizerLike, entry: Entry, param: torch.dtype, nam
     return Signature(
         dtypes.real_dtype(param),
         dtypes.real_dtype(entry.grad_dtype),
-        tuple(
-            entry.codes.get(name) or dtypes.real_dtype(named[name].dtype) if name in entry.names else None
-            for name in optimizer.states
-        ),
+        tuple(dtypes.real_dtype(named[name].dtype) if name in entry.names else None for name in optimizer.states),
         entry.kept,
         entry.seed is not None,
         entry.averaged,

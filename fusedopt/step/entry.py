@@ -15,9 +15,9 @@ from ..options import is_number, option
 from ..protocol import Begun, Group, OptimizerLike
 from ..storage import dtypes, precision
 from ..storage.averaging import EMA, EMA_BEGUN, ema_dtype
-from ..storage.quantized_tensor import Decoded, Quantized, quantize
+from ..storage.quantized_tensor import Decoded
 from ..storage.states import begun_of, check_complete, create_states, what_begins
-from . import graphs, layout, sharding
+from . import coding, graphs, layout, sharding
 from .dry import is_simulated
 from .hyper import tuple_getter
 from .live import Row
@@ -162,7 +162,7 @@ def entries_of(
                     state_names=(*state_names, *([] if kept is None else [kept]), *([EMA] if averaged else [])),
                     kept=kept,
                     averaged=averaged,
-                    codes=_codes(optimizer, state_names, param, group),
+                    codes=coding.codes_of(optimizer, state_names, param, group),
                     seed=seed,
                     scalar_slots=scalar_slots,
                     pick_states=pick_states,
@@ -172,14 +172,6 @@ def entries_of(
             )
             index += 1
     return entries
-
-
-def _codes(optimizer: OptimizerLike, names: Sequence[str], param: Tensor, group: Group) -> dict[str, torch.dtype]:
-    held = sharding.local(param)
-    if not (layout.has_own_memory(type(held)) or is_simulated(held)):
-        return {}
-    codes = {name: precision.code_of(optimizer, name, param, group) for name in names}
-    return {name: code for name, code in codes.items() if code is not None}
 
 
 def check(optimizer: OptimizerLike, entry: Entry, param: Tensor, grad: Tensor) -> None:
@@ -294,10 +286,9 @@ def settle_states(optimizer: OptimizerLike, entry: Entry, param: Tensor, grad: T
     for name in entry.state_names:
         held = sharding.local(state[name])
         code = entry.codes.get(name)
-        if isinstance(held, Decoded) or code is not None:
-            settled = _settled_code(held, held_param, code, precision.state_dtype(param, group))
-        else:
-            settled = _settled_state(held, held_param, grad, entry.kernels)
+        settled = held if isinstance(held, Decoded) else _settled_state(held, held_param, grad, entry.kernels)
+        if isinstance(held, Decoded) or (code is not None and settled.layout == torch.strided):
+            settled = coding.settled(settled, held_param, code, precision.state_dtype(param, group))
         if settled is not held:
             state[name] = sharding.like(settled, param) if sharding.is_sharded(param) else settled
     for name, number in numbers.items():
@@ -314,19 +305,6 @@ def _settled_scalar(value: Any, param: Tensor, kernels: bool) -> Tensor:
     if value.dim() == 0 and value.device == device and value.dtype in (torch.float32, torch.float64):
         return value
     return value.detach().reshape(()).to(device=device, dtype=dtypes.scalar_dtype())
-
-
-def _settled_code(value: Tensor, param: Tensor, code: torch.dtype | None, dtype: torch.dtype) -> Tensor:
-    """A state in 8 bits, its numbers in the order of the parameter's; without a code, one that was stored in them."""
-    stride = layout.dense_stride(param)
-    is_stored = isinstance(value, Quantized) and (value.memory.dtype, value.device) == (code, param.device)
-    if is_stored and layout.lies_as(value, stride):
-        return value
-    if graphs.is_capturing():
-        raise RuntimeError("a state is to be stored in another form than before: make a step before the capture")
-    if code is not None:
-        return quantize(value.to(param.device), code, stride)
-    return layout.dense_copy(value.to(device=param.device, dtype=dtype), stride)
 
 
 def _settled_state(value: Tensor, param: Tensor, grad: Tensor | None, kernels: bool) -> Tensor:

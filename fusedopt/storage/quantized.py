@@ -12,12 +12,15 @@ is exact. Only what finds the code of a number rounds, and it does so in the sam
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 BLOCK = 256
 SIGNED, UNSIGNED = torch.int8, torch.uint8  # the dtype of the memory says which code it holds
+PIECE = 1 << 24  # numbers that are encoded at once
 CODES = frozenset({SIGNED, UNSIGNED})
 
 _FIFTEEN = 130 << 23 | 7 << 20  # its bits: what the largest code means with a scale of 1
@@ -37,22 +40,19 @@ def decode(memory: Tensor, numel: int) -> Tensor:
         memory: codes and scales, of dtype `SIGNED` or `UNSIGNED`.
         numel: how many numbers.
     """
+    values = torch.empty(numel, dtype=torch.float32, device=memory.device)
     codes, scales = _parts(memory, numel)
-    offset, normal = _exponent(memory.dtype)
-    code = codes.to(torch.int32)
-    bits = ((code & (0xFF if memory.dtype == UNSIGNED else 0x7F)) << 20) + offset
-    bits = torch.minimum(bits, (2 * bits.view(torch.float32) - normal).view(torch.int32))
-    if memory.dtype == SIGNED:
-        bits |= code & -0x80000000
-    return bits.view(torch.float32) * _spread(scales, numel)
+    for piece, *coded in _pieces(values, codes, scales):
+        piece.copy_(_decoded(*coded))
+    return values
 
 
 def encode(values: Tensor, code: torch.dtype, random: Tensor | None = None) -> Tensor:
     """Codes and scales of numbers.
 
     A number that is not 0 never becomes 0 where numbers are never negative: of squares that are divided by, even the
-    smallest is far nearer than none. A block with an infinite or NaN number keeps it, and its others become neither
-    finite nor 0. Where all are less than 3e-28 the scale stays that of 3e-28.
+    smallest is far nearer than none. A block with an infinite or NaN number keeps it, and none of its others is finite
+    any more. Where all are less than 3e-28 the scale stays that of 3e-28.
 
     Args:
         values: in fp32, flat.
@@ -62,21 +62,42 @@ def encode(values: Tensor, code: torch.dtype, random: Tensor | None = None) -> T
     numel = values.numel()
     memory = torch.zeros(size(numel), dtype=code, device=values.device)
     codes, scales = _parts(memory, numel)
+    for piece, bits, *coded in _pieces(values, values if random is None else random, codes, scales):
+        for target, found in zip(coded, _encoded(piece, code, None if random is None else bits), strict=True):
+            target.copy_(found)
+    return memory
+
+
+def _pieces(*numbers_and_scales: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Views of numbers and, last, their scales: all at once would take ten times their memory in between."""
+    *numbers, scales = numbers_and_scales
+    return zip(*(tensor.split(PIECE) for tensor in numbers), scales.split(PIECE // BLOCK), strict=True)
+
+
+def _decoded(codes: Tensor, scales: Tensor) -> Tensor:
+    offset, normal = _exponent(codes.dtype)
+    code = codes.to(torch.int32)
+    bits = ((code & (0xFF if codes.dtype == UNSIGNED else 0x7F)) << 20) + offset
+    bits = torch.minimum(bits, (2 * bits.view(torch.float32) - normal).view(torch.int32))
+    if codes.dtype == SIGNED:
+        bits |= code & -0x80000000
+    return bits.view(torch.float32) * _spread(scales, len(codes))
+
+
+def _encoded(values: Tensor, code: torch.dtype, random: Tensor | None) -> tuple[Tensor, Tensor]:
     magnitudes = values.view(torch.int32) & 0x7FFFFFFF
-    largest = pad(magnitudes, (0, -numel % BLOCK)).view(-1, BLOCK).amax(1) if numel else magnitudes
+    largest = pad(magnitudes, (0, -len(values) % BLOCK)).view(-1, BLOCK).amax(1)
     scale = ((largest.view(torch.float32) * _FIFTEENTH).view(torch.int32) & -16).clamp(min=_SMALLEST_SCALE)
-    scales.copy_(torch.where(largest == 0, 0, scale).view(torch.float32))
 
     offset, normal = _exponent(code)
-    bits = (values.abs() * _spread(1 / scale.view(torch.float32), numel)).view(torch.int32).clamp(max=_FIFTEEN)
+    bits = (values.abs() * _spread(1 / scale.view(torch.float32), len(values))).view(torch.int32).clamp(max=_FIFTEEN)
     bits = torch.maximum(bits, (0.5 * bits.view(torch.float32) + normal / 2).view(torch.int32)) - offset
-    found = (bits + (0x80000 if random is None else random.to(torch.int32) << 4)) >> 20
+    codes = (bits + (0x80000 if random is None else (random.to(torch.int32) << 4) + 8)) >> 20
     if code == UNSIGNED:
-        found = torch.maximum(found, magnitudes.clamp(max=1))
+        codes = torch.maximum(codes, magnitudes.clamp(max=1))
     else:
-        found = torch.where(values.view(torch.int32) < 0, found - 128, found)  # which sets the bit of the sign
-    codes.copy_(found)
-    return memory
+        codes = torch.where(values.view(torch.int32) < 0, codes - 128, codes)  # sets the bit of the sign
+    return codes.to(code), torch.where(largest == 0, 0, scale).view(torch.float32)
 
 
 def blocks(memory: Tensor, numel: int, begin: int, end: int) -> tuple[Tensor, int]:

@@ -46,7 +46,7 @@ def encode(address, scale_address, values, random, first, count, CODE, STOCHASTI
         value = load(values, i, "float32")
         bits = min(to_bits(abs(value) * inverse), np.uint32(_FIFTEEN))
         bits = max(bits, to_bits(np.float32(0.5) * from_bits(bits) + np.float32(_NORMAL[CODE] / 2)))
-        rounding = load(random, i, "uint16") << np.uint32(4) if STOCHASTIC else np.uint32(0x80000)
+        rounding = (load(random, i, "uint16") << np.uint32(4)) + np.uint32(8) if STOCHASTIC else np.uint32(0x80000)
         code = np.uint32(np.uint32(bits - np.uint32(_OFFSET[CODE])) + rounding) >> np.uint32(20)
         if CODE == "uint8":
             code = where((code == 0) & (value != 0), np.uint32(1), code)
