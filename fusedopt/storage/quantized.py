@@ -81,16 +81,16 @@ def _decoded(codes: Tensor, scales: Tensor) -> Tensor:
     bits = torch.minimum(bits, (2 * bits.view(torch.float32) - normal).view(torch.int32))
     if codes.dtype == SIGNED:
         bits |= code & -0x80000000
-    return bits.view(torch.float32) * _spread(scales, len(codes))
+    return bits.view(torch.float32) * _spread(scales, codes.numel())
 
 
 def _encoded(values: Tensor, code: torch.dtype, random: Tensor | None) -> tuple[Tensor, Tensor]:
     magnitudes = values.view(torch.int32) & 0x7FFFFFFF
-    largest = pad(magnitudes, (0, -len(values) % BLOCK)).view(-1, BLOCK).amax(1)
+    largest = pad(magnitudes, (0, -values.numel() % BLOCK)).view(-1, BLOCK).amax(1)
     scale = ((largest.view(torch.float32) * _FIFTEENTH).view(torch.int32) & -16).clamp(min=_SMALLEST_SCALE)
 
     offset, normal = _exponent(code)
-    bits = (values.abs() * _spread(1 / scale.view(torch.float32), len(values))).view(torch.int32).clamp(max=_FIFTEEN)
+    bits = (values.abs() * _spread(1 / scale.view(torch.float32), values.numel())).view(torch.int32).clamp(max=_FIFTEEN)
     bits = torch.maximum(bits, (0.5 * bits.view(torch.float32) + normal / 2).view(torch.int32)) - offset
     codes = (bits + (0x80000 if random is None else (random.to(torch.int32) << 4) + 8)) >> 20
     if code == UNSIGNED:
