@@ -29,7 +29,6 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 import fusedopt
-from fusedopt.storage.quantized_tensor import Quantized
 
 from .common import Parser, default_device, device_name, usable_device, writable_file
 from .demo import BATCH_SIZE, Data, backend_of, evaluate, load_data, make_network
@@ -110,8 +109,7 @@ def bytes_per_element(optimizer: torch.optim.Optimizer) -> float:
     """Bytes that a step moves for an element: parameter and states are read and written, the gradient is read."""
     param = optimizer.param_groups[0]["params"][0]
     states = [state for state in optimizer.state[param].values() if state.shape == param.shape]  # not step counts
-    stored = [state.memory if isinstance(state, Quantized) else state for state in states]
-    moved = param.grad.nbytes + 2 * sum(tensor.nbytes for tensor in (param, *stored))
+    moved = param.grad.nbytes + 2 * sum(tensor.nbytes for tensor in (param, *states))
     return moved / param.numel()
 
 

@@ -28,8 +28,8 @@ import pytest
 
 from fusedopt.storage import precision
 
-# Most tensors here are smaller than those whose states 8 bits are worth it.
-precision.QUANTIZED_FROM = 0
+# Most tensors here are smaller than those whose states are worth it.
+QUANTIZED_FROM, precision.QUANTIZED_FROM = precision.QUANTIZED_FROM, 0
 
 DEVICE = "cuda" if HAS_GPU else "cpu"
 
@@ -47,6 +47,12 @@ def pytest_collection_modifyitems(items):
 def device():
     """Where the kernels' tensors lie."""
     return torch.device(DEVICE)
+
+
+@pytest.fixture
+def small_states_are_full(monkeypatch):
+    """As outside of these tests, 8 bits are for states of 4,096 elements or more."""
+    monkeypatch.setattr(precision, "QUANTIZED_FROM", QUANTIZED_FROM)
 
 
 @pytest.fixture

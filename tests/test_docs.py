@@ -12,7 +12,8 @@ DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 NAV = re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text())
 OPTIMIZERS = sorted(
-    set(fusedopt.__all__) - {"FusedOptimizer", "warmup", "step_in_backward", "register_functional_optim"}
+    set(fusedopt.__all__)
+    - {"FusedOptimizer", "warmup", "step_in_backward", "register_functional_optim", "full_state_dict"}
 )
 FENCE = re.compile(r"^```(\S*)(.*)\n((?:.*\n)*?)^```$", re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s#]+)[^)]*\)")

@@ -53,8 +53,8 @@ def settled(value: Tensor, param: Tensor, code: torch.dtype | None, dtype: torch
 
 
 def _is_usable(value: Quantized, param: Tensor, stride: tuple[int, ...]) -> bool:
-    """Whether the kernels can walk it: its memory may be a part of somebody's."""
+    """Whether the kernels can walk it, and read its scales: its memory may be a part of somebody's."""
     memory = value.memory
     if value.device != param.device or not layout.lies_as(value, stride) or not memory.is_contiguous():
         return False
-    return is_simulated(memory) or memory.is_meta or memory.data_ptr() % 16 == 0
+    return is_simulated(memory) or memory.is_meta or memory.data_ptr() % 4 == 0

@@ -98,6 +98,11 @@ class Quantized(Decoded):
         values = torch.view_as_complex(values.view(-1, 2)) if self.is_complex() else values
         return values.as_strided(self.shape, self.stride())
 
+    @property
+    def nbytes(self) -> int:  # type: ignore[override]
+        """Bytes of the codes and scales."""
+        return self.memory.nbytes
+
     def store(self, values: Tensor) -> None:
         self.memory.copy_(_encoded(values, self.memory.dtype, self.stride()))
 

@@ -44,6 +44,7 @@ def quantized(numel):
     return numel + 4 * numel // 256
 
 
+@pytest.mark.usefixtures("small_states_are_full")
 def test_trains_counts_and_writes(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sys, "argv", ["eight_bits", "--steps", "3", "--seeds", "2", "--out", str(tmp_path)])
     monkeypatch.setattr(training, "CONTENDERS", [each for each in CONTENDERS if each.library in ("fusedopt", "torch")])

@@ -26,10 +26,9 @@ def compiled_for(kernel):
     A rule is the same text in every mode, and a mode the same for every rule, so that all modes are compiled with SGD
     and Adam only, and with the other rules those of most code. `bench.static` compiles everything for all targets.
     """
-    is_usual = kernel.dtypes in (*SIGNATURES, *HEAVIEST, QUANTIZED)
-    if kernel.dtypes == QUANTIZED:
-        return TESTED if kernel.rule in ("sgd-momentum_buffer", "adam-exp_avg-exp_avg_sq") else []
-    if kernel.dtypes == "fp32" or (is_usual and kernel.rule in ("sgd-momentum_buffer", "adam-exp_avg-exp_avg_sq")):
+    is_usual = kernel.dtypes in (*SIGNATURES, *HEAVIEST)
+    usual_rule = kernel.rule in ("sgd-momentum_buffer", "adam-exp_avg-exp_avg_sq")
+    if kernel.dtypes == "fp32" or ((is_usual or kernel.dtypes == QUANTIZED) and usual_rule):
         return TESTED
     return ["sm_90"] if is_usual or kernel.optimizer.kernel in ("sgd", "adam") else []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,10 +15,10 @@ import fusedopt
 from fusedopt.kernels.language import tl, triton
 from fusedopt.storage import quantized
 from fusedopt.storage.quantized import BLOCK, SIGNED, UNSIGNED
-from fusedopt.storage.quantized_tensor import quantize
+from fusedopt.storage.quantized_tensor import Quantized, quantize
 from tests import quantized_oracle
 from tests.oracle import exact
-from tests.twins import ENGINES, bits
+from tests.twins import BACKENDS, ENGINES, bits
 
 both_codes = pytest.mark.parametrize("code", [SIGNED, UNSIGNED], ids=["signed", "unsigned"])
 TABLES = {SIGNED: quantized_oracle.SIGNED, UNSIGNED: quantized_oracle.UNSIGNED}
@@ -135,6 +136,49 @@ def test_zeros_have_no_scale(code):
     memory = quantized.encode(torch.zeros(BLOCK + 3), code)
     assert not memory.any()
     assert len(memory) == quantized.size(BLOCK + 3) == 272 + 8
+
+
+@pytest.mark.usefixtures("small_states_are_full")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_small_parameters_and_other_groups_keep_full_states(backend):
+    """And so do states that have to be exact. What a group asks for counts, also later."""
+    sizes = {"small": 4095, "large": 4096, "other": 4096}
+    params = {name: torch.nn.Parameter(torch.ones(size)) for name, size in sizes.items()}
+    groups = [
+        {"params": [params["small"], params["large"]]},
+        {"params": [params["other"]], "fusedopt_state_dtype": torch.bfloat16},
+    ]
+    optimizer = fusedopt.Adam(groups, backend=backend, state_dtype="8bit")
+
+    def dtypes():
+        for param in params.values():
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+        states = {name: optimizer.state[param]["exp_avg_sq"] for name, param in params.items()}
+        return {name: "8bit" if isinstance(state, Quantized) else state.dtype for name, state in states.items()}
+
+    assert dtypes() == {"small": torch.float32, "large": "8bit", "other": torch.bfloat16}
+    optimizer.param_groups[0]["fusedopt_state_dtype"] = torch.bfloat16
+    before = optimizer.state[params["large"]]["exp_avg_sq"].dequantize()
+    assert dtypes() == {"small": torch.float32, "large": torch.bfloat16, "other": torch.bfloat16}
+    after = optimizer.state[params["large"]]["exp_avg_sq"].float()
+    torch.testing.assert_close(after, before * 0.999 + 0.001, rtol=2**-7, atol=0)
+    optimizer.param_groups[1]["fusedopt_state_dtype"] = "8bit"
+    assert dtypes() == {"small": torch.float32, "large": torch.bfloat16, "other": "8bit"}
+
+
+@pytest.mark.parametrize("dtype", ["8 bit", "int8", torch.int8, 8])
+def test_another_dtype_is_refused(dtype):
+    with pytest.raises(ValueError, match=re.escape(f"state_dtype of group 0: {dtype!r}, choose one of None,")):
+        fusedopt.Adam([torch.ones(1)], state_dtype=dtype)
+
+
+def test_a_name_that_is_no_state_is_refused():
+    class Wrong(Keeper):
+        nonnegative = ("of_nobody",)
+
+    with pytest.raises(TypeError, match="`nonnegative` of Wrong names 'of_nobody'"):
+        Wrong([torch.ones(1)])
 
 
 # One step stores the gradient, in both codes; the next one makes what is decoded the parameter.
