@@ -1,12 +1,15 @@
 """The README's code runs, and its tables, and that of low precision, say what the classes declare."""
 
+import json
 import re
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import torch
 
 import fusedopt
+from bench.eight_bits.training import CONTENDERS, Run
 from bench.static.kernels import update_in, updates_of
 from tests.cases import AVERAGED, CASES, MODES, Case, Mode
 from tests.kernels.compiled_kernels import compiled_for
@@ -79,6 +82,19 @@ def test_bytes_of_an_average(mode):
     for case in BY_STATES[1:]:
         assert update_in(case, mode).bytes_per_element == update_in(case, plain).bytes_per_element + 8
     assert "8 bytes more" in (ROOT / "docs" / "around-the-step.md").read_text()
+
+
+def test_table_of_states_in_8_bits():
+    """It says what the committed result says."""
+    result = json.loads((ROOT / "bench" / "results" / "eight-bits-cpu.json").read_text())
+    runs = [Run(**run) for run in result["runs"]]
+    rows = re.findall(r"^\| ([\w ,]+) \| (\d\.\d{3}) \| (\d\.\d{3}) \| (\d\.\d\d) \|$", README, re.MULTILINE)
+    assert [name for name, *_ in rows] == [c.name for c in CONTENDERS if c.name != "torch.optim, fp32"]
+    assert [str(tuple(betas)) for betas in result["betas"]] == re.findall(r"loss, `betas=(\(.*?\))`", README)
+    for name, *cells in rows:
+        of = [[run for run in runs if (run.contender, run.betas) == (name, betas)] for betas in result["betas"]]
+        assert cells[:2] == [f"{fmean(run.final for run in found):.3f}" for found in of]
+        assert cells[2] == f"{of[0][0].state_bytes / of[0][0].parameters:.2f}"
 
 
 def test_every_optimizer_is_in_the_table():
