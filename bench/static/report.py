@@ -144,8 +144,9 @@ whose streams are all aligned, as nearly every element passes it. Bytes are thos
 for an element. Instructions are all in that loop, also those that only rare values run, for an element; in brackets
 their share of the budget: how many there may be before a GPU spends more time on taking instructions than on moving the
 bytes. It follows from the makers' numbers ({", ".join(f"{t.gpu} for {t.name}" for t in TARGETS.values())}), at a copy
-bandwidth of nine tenths of the peak. Occupancy is the share of a processor's threads for which there are registers
-and shared memory. Nothing here is a time."""
+bandwidth of nine tenths of the peak. Kernels with states in 8 bits count as wasteful only beyond the budget that states
+of fp32 would give them: then the step would be slower than with these. Occupancy is the share of a processor's threads
+for which there are registers and shared memory. Nothing here is a time."""
 
 
 def markdown(found: Sequence[Report], circumstances: str) -> str:
