@@ -181,7 +181,7 @@ def quantize(values: Tensor, code: torch.dtype, stride: Sequence[int]) -> Quanti
     """A tensor in 8 bits.
 
     Args:
-        values: its numbers; complex ones have two a element.
+        values: its numbers; complex ones have two an element.
         code: of `quantized.CODES`.
         stride: in which order its elements are to lie, without gaps.
     """
