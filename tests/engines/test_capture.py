@@ -95,8 +95,9 @@ def test_replays_are_steps(graph, name):
         assert_same(optimizer, twin)
 
 
-def test_replays_clip_skip_and_average(graph):
-    optimizer = stepped(make(max_grad_norm=0.5, skip_nonfinite=True, ema_decay=0.5))
+@pytest.mark.parametrize("options", [{}, {"state_dtype": "8bit"}], ids=["full", "8bit"])
+def test_replays_clip_skip_and_average(graph, options):
+    optimizer = stepped(make(max_grad_norm=0.5, skip_nonfinite=True, ema_decay=0.5, **options))
     twin = copy.deepcopy(optimizer)
     set_grads(params_of(twin), 0)
     with graph:
