@@ -65,9 +65,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = Parser(prog="python -m bench.static", description=__doc__)
     add = parser.add_argument
     add("--target", choices=TARGETS, action="append", help="compile for this one only (may be repeated)")
-    add("-k", dest="text", metavar="TEXT", help="only kernels whose name contains this; writes no file")
+    add("-k", dest="text", metavar="TEXT", help="only kernels whose name contains this; writes files if --out is given")
     add("--jobs", type=int, default=os.cpu_count(), metavar="N", help="processes (default: %(default)s)")
-    add("--out", type=writable_folder, default=RESULTS, metavar="DIR", help="of the files (default: %(default)s)")
+    add("--out", type=writable_folder, metavar="DIR", help=f"of the files (default: {RESULTS})")
     return parser.parse_args()
 
 
@@ -100,10 +100,12 @@ def main() -> int:
     result = circumstances("python -m bench.static", torch.device("cpu"))
     text = markdown(found, circumstances_in_words(result) + ".")
     print(text)
-    if options.text is None:
+    out = options.out or (RESULTS if options.text is None else None)
+    if out is not None:
+        name = "static" if options.text is None else f"static-{options.text}"
         rows = ",\n".join(json.dumps(asdict(report)) for report in found)
         head = json.dumps(result | {"targets": {name: asdict(TARGETS[name]) for name in targets}}, indent=1)
-        (options.out / "static.json").write_text(f'{head[:-2]},\n "reports": [\n{rows}\n]}}\n')
-        (options.out / "static.md").write_text(text)
-        print(f"Written: {options.out / 'static.json'}, {options.out / 'static.md'}")
+        (out / f"{name}.json").write_text(f'{head[:-2]},\n "reports": [\n{rows}\n]}}\n')
+        (out / f"{name}.md").write_text(text)
+        print(f"Written: {out / name}.json, {out / name}.md")
     return 0
