@@ -161,7 +161,8 @@ def run(monkeypatch, tmp_path, capsys):
 
     def run(*arguments):
         targets = ["--target", "sm_90", "--target", "gfx942"]
-        monkeypatch.setattr(sys, "argv", ["static", *targets, "--out", str(tmp_path), *arguments])
+        monkeypatch.setattr(static, "RESULTS", tmp_path)
+        monkeypatch.setattr(sys, "argv", ["static", *targets, *arguments])
         return static.main(), *capsys.readouterr()
 
     return run
@@ -189,6 +190,13 @@ def test_some_kernels_are_printed_only(run, tmp_path):
     assert "prepare-sgd" in printed
     assert "sgd-fp16" not in printed
     assert not list(tmp_path.iterdir())
+
+
+def test_some_kernels_have_files_of_their_own(run, tmp_path):
+    assert run("-k", "prepare", "--out", str(tmp_path))[0] == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"static-prepare.json", "static-prepare.md"}
+    result = json.loads((tmp_path / "static-prepare.json").read_text())
+    assert {each["kernel"] for each in result["reports"]} == {"prepare-sgd"}
 
 
 def test_no_such_kernel_is_an_error(run):
