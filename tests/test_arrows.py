@@ -17,7 +17,7 @@ FLOORS = [
     ["tests.cases"],
     ["fusedopt.textbook"],
     ["fusedopt"],
-    ["fusedopt.rules", "fusedopt.backward", "fusedopt.functional", "fusedopt.warming"],
+    ["fusedopt.rules", "fusedopt.backward", "fusedopt.functional", "fusedopt.warming", "fusedopt.full_state"],
     ["fusedopt.optimizer"],
     ["fusedopt.declaration", "fusedopt.stepper"],
     ["fusedopt.plan"],

@@ -178,7 +178,7 @@ def _mean_width(counts: Counter[tuple[str, int]]) -> float:
 
 
 def _amd_bytes(suffix: str) -> int:
-    """Of `dwordx4`, `ushort`, `short_d16_hi`, `b128` and the like."""
-    if match := re.match(r"(?:dword|b)(x?)(\d*)", suffix):
+    """Of `dwordx4`, `ushort`, `short_d16_hi`, `byte`, `b128` and the like."""
+    if match := re.match(r"(?:dword|b(?=\d))(x?)(\d*)", suffix):
         return int(match[2]) // 8 if suffix.startswith("b") and match[2] else 4 * int(match[2] or 1)
     return 2 if "short" in suffix else 1

@@ -16,7 +16,11 @@ QUANTIZED = "float32-state_dtype=8bit"
 NUMBERS = [1, 2, 15, 16, 17, 2**31 - 1, 2**31, 2**40]
 UPDATES = updates_of(CASES, EVERY_MODE)
 PREPARES = prepares_of(UPDATES)
-UPDATES += unscaling(kernel for kernel in UPDATES if kernel.rule in ("sgd", "adam-exp_avg-exp_avg_sq"))
+UPDATES += unscaling(
+    kernel
+    for kernel in UPDATES
+    if kernel.rule in ("sgd", "adam-exp_avg-exp_avg_sq") and (not kernel.scales or kernel.dtypes == QUANTIZED)
+)
 SQUARES = list(map(SumSquares, DTYPES))
 
 

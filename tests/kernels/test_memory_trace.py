@@ -8,6 +8,7 @@ import torch
 
 import fusedopt.engines.tables
 from fusedopt.engines.signature import Signature
+from fusedopt.storage.quantized_tensor import Quantized
 from fusedopt.storage.states import create_states
 from tests.cases import AVERAGED, CASES, MODES, Case
 
@@ -137,7 +138,13 @@ def with_states(case, param_dtype, grad_dtype, **options):
 def states_of(optimizer):
     """And the numbers that say whether they have begun."""
     states = [value for state in optimizer.state.values() for value in state.values()]
-    return [value for value in (*states, *optimizer._stepper.begun.values()) if isinstance(value, torch.Tensor)]
+    values = [value for value in (*states, *optimizer._stepper.begun.values()) if isinstance(value, torch.Tensor)]
+    return [stored for value in values for stored in (parts_of(value) if isinstance(value, Quantized) else [value])]
+
+
+def parts_of(state):
+    """The codes, and after as many bytes as make a multiple of 16 the scales."""
+    return [state.memory[: state.numel()], state.memory[-(-state.numel() // 16) * 16 :].view(torch.float32)]
 
 
 @pytest.mark.parametrize("dtypes", DTYPES)

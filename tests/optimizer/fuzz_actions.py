@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.optim.lr_scheduler import ExponentialLR
 
+import fusedopt
 from fusedopt.options import COUNTERS, KEYS, SHARED
 from fusedopt.storage.states import ADDED
 from tests.twins import snapshot
@@ -391,7 +392,7 @@ class Actions:
         self.forget_replaced()
         if not all(self.ours.state.values()):  # torch's Adagrad refuses an empty state
             return
-        self.theirs.load_state_dict(copy.deepcopy(self.ours.state_dict()))
+        self.theirs.load_state_dict(copy.deepcopy(fusedopt.full_state_dict(self.ours)))
         for group in self.theirs.param_groups:
             group["foreach"] = False
             for key in (*KEYS.values(), *COUNTERS):
