@@ -18,7 +18,7 @@ from .engines.choice import BACKENDS, engine, numba_is_installed, triton_is_inst
 from .options import SKIPPED_STEPS, begin_counters, check_group, required_keys, settle_options
 from .protocol import Group, Scalars, States
 from .step import amp
-from .step.coding import codes_of, new_zeros
+from .step.coding import new_state
 from .step.hooks import hooked_step
 from .step.sharding import is_flattened, is_sharded
 from .stepper import Stepper
@@ -232,14 +232,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         for name in self.scalar_states:
             if self.uses(name, group):
                 state.setdefault(name, 0.0)
-        dtype, codes = precision.state_dtype(param, group), codes_of(self, self.states, param, group)
         for name in self.states:
             if self.uses(name, group) and state.get(name) is None:
-                state[name] = (
-                    new_zeros(param, codes[name])
-                    if name in codes
-                    else torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
-                )
+                state[name] = new_state(self, name, param, group)
 
     def check_sparse(self, group: Group, name: str) -> None:
         """Raise unless a step can use a sparse gradient."""

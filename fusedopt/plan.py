@@ -135,6 +135,7 @@ class Plan:
         # The reference works on the tensors themselves, wherever they lie.
         watched = live.watched if self._watchable else []
         self._watch = Watch(watched, addresses=self._watchable and self._kernels is not None)
+        self._coded_watch = Watch(live.coded if self._watchable else [], addresses=False)
 
     def grad_metas(self) -> dict[int, tuple[Any, ...] | None]:
         """By the id of the parameter, how its gradient last lay."""
@@ -160,8 +161,10 @@ class Plan:
         grads = [param.grad for param in params] if local_grads is None else self._pick(local_grads)
         watched = [*params, *chain.from_iterable(rows)]
         specs: list[Any] = []
+        coded: list[Tensor] = []
         if self.is_sharded or self._is_quantized:
             watched, specs = opened(watched)
+            coded = [tensor for tensor in watched if type(tensor) is Quantized]
             watched = [tensor.memory if type(tensor) is Quantized else tensor for tensor in watched]
             held = iter(watched)
             params = list(islice(held, len(params)))
@@ -169,7 +172,7 @@ class Plan:
         if self._has_begun:
             rows = list(map(add, self._begun, rows))
         rows.append(())  # of an entry without states, at -1
-        return Live(params, grads, rows, watched, specs)
+        return Live(params, grads, rows, watched, specs, coded)
 
     def _states(self, states: Mapping[Tensor, Any]) -> Iterable[Any]:
         """The states of all parameters. A mapping that loads what it is asked for is asked for what a step reads."""
@@ -192,7 +195,9 @@ class Plan:
             return None
         try:
             live = self.read(optimizer, params, local_grads)
-            if not self._watch.holds(live.watched) or (self.is_sharded and not all(map(is_, live.specs, self._specs))):
+            if not self._watch.holds(live.watched) or not self._coded_watch.holds(live.coded):
+                return None
+            if self.is_sharded and not all(map(is_, live.specs, self._specs)):
                 return None
         except (KeyError, TypeError, AttributeError, RuntimeError):
             return None  # a state is gone, no tensor any more, or without an address

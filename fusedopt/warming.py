@@ -17,6 +17,8 @@ from .step.entry import entries_of, param_name, state_of
 from .step.gate import Gate
 from .step.hyper import Hyper
 from .step.sharding import local, local_grads
+from .storage.precision import state_dtype
+from .storage.quantized_tensor import Decoded
 from .storage.states import create_states
 
 
@@ -79,7 +81,11 @@ def _signatures(optimizer: FusedOptimizer) -> dict[tuple[torch.device, str], dic
             # Of one element, since only their dtypes matter. On the device: a subclass may look at the values.
             small = torch.zeros((1,) * param.dim(), dtype=param.dtype, device=local(param).device)
             create_states(optimizer, small, states, optimizer.param_groups[entry.group])
-        states.update({name: torch.empty(0, dtype=code) for name, code in entry.codes.items()})
+        group = optimizer.param_groups[entry.group]
+        for name in optimizer.states:  # as the step converts them
+            code = entry.codes.get(name)
+            if code is not None or isinstance(local(states.get(name, param)), Decoded):
+                states[name] = torch.empty(0, dtype=code or state_dtype(param, group))
         signature = signature_of(optimizer, entry, param.dtype, states)
         item = Item(entry.index, entry.group, signature, 1, entry.index, 0, *nowhere)
         found.setdefault((param.device, entry.engine), {}).setdefault(signature, item)

@@ -81,8 +81,8 @@ def encode(values, mask, random, CODE: tl.constexpr, WHOLE: tl.constexpr):
     scale = (largest.to(tl.float32, bitcast=True) * _FIFTEENTH).to(tl.int32, bitcast=True) & -16
     scale = tl.maximum(scale, _SMALLEST_SCALE)
     inverse = div(tl.full(scale.shape, 1.0, tl.float32), scale.to(tl.float32, bitcast=True))
-    bits = (tl.abs(values) * _spread(inverse, values)).to(tl.int32, bitcast=True)
-    bits = tl.minimum(bits, _FIFTEEN)
+    bits = (tl.abs(values) * _spread(inverse, values)).to(tl.uint32, bitcast=True)  # of a NaN they are the largest
+    bits = tl.minimum(bits, _FIFTEEN).to(tl.int32, bitcast=True)
     half = 0.5 * bits.to(tl.float32, bitcast=True) + NORMAL / 2
     bits = tl.maximum(bits, half.to(tl.int32, bitcast=True)) - OFFSET
     if random is None:

@@ -12,8 +12,8 @@ from typing_extensions import Unpack
 from ..optimizer import FusedOptimizer
 from ..options import CommonOptions
 from ..protocol import Group, Scalars, States
+from ..step.coding import new_state
 from ..storage.dtypes import scalar_dtype
-from ..storage.precision import state_dtype
 from ..storage.states import create_states
 from .checks import check_lr, check_not_negative
 
@@ -109,10 +109,8 @@ class Adagrad(FusedOptimizer):
         value = self.defaults["initial_accumulator_value"]
         state.setdefault("step", torch.tensor(0.0, dtype=scalar_dtype(), device="cpu"))
         if state.get("sum") is None:
-            fill = complex(value, value) if param.is_complex() else value
-            state["sum"] = torch.full_like(
-                param, fill, dtype=state_dtype(param, group), memory_format=torch.preserve_format
-            )
+            optimizer: FusedOptimizer = self  # as mypy takes no subclass for a protocol with class variables
+            state["sum"] = new_state(optimizer, "sum", param, group, fill=value)
 
     def share_memory(self) -> None:
         """Move every ``sum`` to shared memory, for training by several processes."""

@@ -55,7 +55,6 @@ class Rprop(FusedOptimizer):
     scalar_states = ("step",)
     states = ("prev", "step_size")
     always = ("step", "prev", "step_size")
-    nonnegative = ("step_size",)
 
     def __init__(
         self,

@@ -12,6 +12,7 @@ from typing_extensions import Unpack
 from ..optimizer import FusedOptimizer
 from ..options import CommonOptions
 from ..protocol import Group, Scalars, States
+from ..step.coding import new_state
 from ..storage.precision import state_dtype
 
 
@@ -112,9 +113,11 @@ class SGD(FusedOptimizer):
 
     def init_state(self, param: Tensor, state: dict[str, Any], group: Group) -> None:
         if state.get("momentum_buffer") is None and self.uses("momentum_buffer", group):
-            # Beside sparse gradients the buffer is sparse too, as torch has it.
-            like = param if param.grad is None or param.grad.layout == torch.strided else param.grad
-            state["momentum_buffer"] = torch.zeros_like(like, dtype=state_dtype(param, group))
+            if param.grad is None or param.grad.layout == torch.strided:
+                optimizer: FusedOptimizer = self  # as mypy takes no subclass for a protocol with class variables
+                state["momentum_buffer"] = new_state(optimizer, "momentum_buffer", param, group)
+            else:  # the buffer is sparse too, as torch has it
+                state["momentum_buffer"] = torch.zeros_like(param.grad, dtype=state_dtype(param, group))
 
     def check_sparse(self, group: Group, name: str) -> None:
         # A sparse parameter decays as sparsely.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..protocol import Group, OptimizerLike
 from ..storage import quantized
-from ..storage.precision import code_of
+from ..storage.precision import code_of, state_dtype
 from ..storage.quantized_tensor import Quantized, quantize
 from . import graphs, layout, sharding
 from .dry import is_simulated
@@ -24,13 +24,17 @@ def codes_of(optimizer: OptimizerLike, names: Sequence[str], param: Tensor, grou
     return {name: code for name, code in codes.items() if code is not None}
 
 
-def new_zeros(param: Tensor, code: torch.dtype) -> Tensor:
-    """With which a state begins."""
+def new_state(optimizer: OptimizerLike, name: str, param: Tensor, group: Group, fill: float = 0.0) -> Tensor:
+    """A state that begins with a number, in each part of complex elements: in 8 bits, or in the dtype of its group."""
+    code = codes_of(optimizer, [name], param, group).get(name)
+    if code is None:
+        zeros = torch.zeros_like(param, dtype=state_dtype(param, group), memory_format=torch.preserve_format)
+        return zeros if fill == 0 else zeros.fill_(complex(fill, fill) if param.is_complex() else fill)
     held = sharding.local(param)
-    size = quantized.size(held.numel() * (2 if held.is_complex() else 1))
-    memory = torch.zeros(size, dtype=code, device=held.device)
-    zeros = Quantized(memory, held.shape, layout.dense_stride(held), held.is_complex())
-    return sharding.like(zeros, param) if sharding.is_sharded(param) else zeros
+    one = torch.full((1,), fill, dtype=torch.float32, device=held.device)
+    memory = quantized.repeated(quantized.encode(one, code), held.numel() * (2 if held.is_complex() else 1))
+    state = Quantized(memory, held.shape, layout.dense_stride(held), held.is_complex())
+    return sharding.like(state, param) if sharding.is_sharded(param) else state
 
 
 def settled(value: Tensor, param: Tensor, code: torch.dtype | None, dtype: torch.dtype) -> Tensor:
@@ -43,8 +47,9 @@ def settled(value: Tensor, param: Tensor, code: torch.dtype | None, dtype: torch
         dtype: of a state without a code.
     """
     stride = layout.dense_stride(param)
-    if isinstance(value, Quantized) and value.memory.dtype == code and _is_usable(value, param, stride):
-        return value
+    is_stored = isinstance(value, Quantized) and (value.memory.dtype, value.device) == (code, param.device)
+    if isinstance(value, Quantized) and is_stored and layout.lies_as(value, stride):
+        return value if _is_usable(value.memory) else value.clone()
     if graphs.is_capturing():
         raise RuntimeError("a state is to be stored in another form than before: make a step before the capture")
     if code is not None:
@@ -52,9 +57,6 @@ def settled(value: Tensor, param: Tensor, code: torch.dtype | None, dtype: torch
     return layout.dense_copy(value.to(device=param.device, dtype=dtype), stride)
 
 
-def _is_usable(value: Quantized, param: Tensor, stride: tuple[int, ...]) -> bool:
-    """Whether the kernels can walk it, and read its scales: its memory may be a part of somebody's."""
-    memory = value.memory
-    if value.device != param.device or not layout.lies_as(value, stride) or not memory.is_contiguous():
-        return False
-    return is_simulated(memory) or memory.is_meta or memory.data_ptr() % 4 == 0
+def _is_usable(memory: Tensor) -> bool:
+    """Whether the kernels can read the scales: a program may have made it a part of its own memory."""
+    return is_simulated(memory) or memory.is_meta or (memory.is_contiguous() and memory.data_ptr() % 4 == 0)

@@ -243,6 +243,8 @@ def check_states(optimizer: OptimizerLike, entry: Entry, param: Tensor) -> None:
         value = state.get(state_name, 0.0)
         if not (value.numel() == 1 if isinstance(value, Tensor) else is_number(value)):
             raise RuntimeError(f"state {state_name!r} of {name} must be one number, but it is {value!r}")
+    if any(state.get(key) is None for key in entry.keys):
+        check_complete(optimizer, state, name)
 
 
 def is_ready(optimizer: OptimizerLike, entry: Entry, param: Tensor, begun: Begun) -> bool:
@@ -269,7 +271,6 @@ def settle_states(optimizer: OptimizerLike, entry: Entry, param: Tensor, grad: T
     if graphs.is_capturing() and not all(isinstance(number, Tensor) for number in numbers.values()):
         raise RuntimeError(f"nobody has counted the steps of {entry.name} yet: make a step before the capture")
     if any(state.get(name) is None for name in entry.keys):
-        check_complete(optimizer, state, entry.name)
         if graphs.is_capturing():
             raise RuntimeError(
                 f"{entry.name} has no states yet, and a graph that creates them would do so at each replay: "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from torch import Tensor
@@ -23,6 +23,7 @@ class Live:
     rows: list[Row]
     watched: list[Tensor]  # parameters and states, one after the other
     specs: list[Any]  # how each of `watched` is sharded, if any is
+    coded: list[Tensor] = field(default_factory=list)  # the states in 8 bits; their memory is among `watched`
     complete: bool = False  # whether every parameter is known to have a gradient
 
     @property

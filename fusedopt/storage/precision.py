@@ -79,5 +79,8 @@ def _rounds(optimizer: OptimizerLike, param: Tensor, group: Group) -> bool:
     """Whether something of this parameter's is stored in 16 or 8 bits, and not kept elsewhere."""
     rounded = [] if kept_state(param, group) else [param.dtype]
     used = [name for name in optimizer.states if optimizer.uses(name, group)]
-    rounded += [code_of(optimizer, name, param, group) or state_dtype(param, group) for name in used]
+    # How large a parameter is may depend on the rank.
+    if option(group, "state_dtype") == EIGHT_BITS and not all(optimizer.is_exact(name, group) for name in used):
+        return True
+    rounded += [state_dtype(param, group) for _ in used]
     return any(real_dtype(dtype).itemsize <= 2 for dtype in rounded)

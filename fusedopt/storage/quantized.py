@@ -50,7 +50,7 @@ def decode(memory: Tensor, numel: int) -> Tensor:
 def encode(values: Tensor, code: torch.dtype, random: Tensor | None = None) -> Tensor:
     """Codes and scales of numbers.
 
-    A number that is not 0 never becomes 0 where numbers are never negative: of squares that are divided by, even the
+    What is not 0 in fp32 never becomes 0 where numbers are never negative: of squares that are divided by, even the
     smallest is far nearer than none. A block with an infinite or NaN number keeps it, and none of its others is finite
     any more. Where all are less than 3e-28 the scale stays that of 3e-28.
 
@@ -90,7 +90,8 @@ def _encoded(values: Tensor, code: torch.dtype, random: Tensor | None) -> tuple[
     scale = ((largest.view(torch.float32) * _FIFTEENTH).view(torch.int32) & -16).clamp(min=_SMALLEST_SCALE)
 
     offset, normal = _exponent(code)
-    bits = (values.abs() * _spread(1 / scale.view(torch.float32), values.numel())).view(torch.int32).clamp(max=_FIFTEEN)
+    bits = (values * _spread(1 / scale.view(torch.float32), values.numel())).view(torch.int32)
+    bits = (bits & 0x7FFFFFFF).clamp(max=_FIFTEEN)
     bits = torch.maximum(bits, (0.5 * bits.view(torch.float32) + normal / 2).view(torch.int32)) - offset
     codes = (bits + (0x80000 if random is None else (random.to(torch.int32) << 4) + 8)) >> 20
     if code == UNSIGNED:
@@ -98,6 +99,14 @@ def _encoded(values: Tensor, code: torch.dtype, random: Tensor | None) -> tuple[
     else:
         codes = torch.where(values.view(torch.int32) < 0, codes - 128, codes)  # sets the bit of the sign
     return codes.to(code), torch.where(largest == 0, 0, scale).view(torch.float32)
+
+
+def repeated(memory: Tensor, numel: int) -> Tensor:
+    """Codes and scales of so many numbers which are all the one that is stored in `memory`."""
+    whole = memory.new_empty(size(numel)).fill_(0)
+    for target, source in zip(_parts(whole, numel), _parts(memory, 1), strict=True):
+        target.copy_(source)
+    return whole
 
 
 def blocks(memory: Tensor, numel: int, begin: int, end: int) -> tuple[Tensor, int]:

@@ -38,12 +38,22 @@ class Decoded(Tensor):
     def numpy(self, *, force: bool = False) -> Any:
         return self.dequantize().numpy(force=force)
 
+    def __dlpack__(self, **options: Any) -> Any:
+        return self.dequantize().__dlpack__(**options)
+
+    def __dlpack_device__(self) -> Any:
+        return self.dequantize().__dlpack_device__()
+
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"{type(self).__name__}({self.dequantize()!r})"
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
+        # In inference mode torch leaves it to whom it calls to take an operation apart: `to`, `reshape`, `contiguous` …
+        result = func.decompose(*args, **kwargs)
+        if result is not NotImplemented:
+            return result
         if func in _AS_STORED:
             result = _AS_STORED[func](*args, **kwargs)
             if result is not None:
@@ -63,7 +73,10 @@ class Decoded(Tensor):
         if _is_collective(func):
             _wait_for(result)
         for written in _written(func, args, kwargs):
-            written.store(decoded[id(written)][1])
+            plain = decoded[id(written)][1]
+            if (plain.shape, plain.stride()) != (written.shape, written.stride()):
+                raise RuntimeError(f"{func} in place would change how a state in 8 bits lies: dequantize() it before")
+            written.store(plain)
         owners = {id(plain): tensor for tensor, plain in decoded.values()}  # an operation in place returns its tensor
         return tree_map_only(Tensor, lambda tensor: owners.get(id(tensor), tensor), result)
 

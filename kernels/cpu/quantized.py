@@ -49,7 +49,7 @@ def encode(address, scale_address, values, random, first, count, CODE, STOCHASTI
         rounding = (load(random, i, "uint16") << np.uint32(4)) + np.uint32(8) if STOCHASTIC else np.uint32(0x80000)
         code = np.uint32(np.uint32(bits - np.uint32(_OFFSET[CODE])) + rounding) >> np.uint32(20)
         if CODE == "uint8":
-            code = where((code == 0) & (value != 0), np.uint32(1), code)
+            code = max(code, min(to_bits(value) & np.uint32(0x7FFFFFFF), np.uint32(1)))
         else:
             code = code | ((to_bits(value) >> np.uint32(24)) & np.uint32(0x80))
         store(address, first + i, np.uint32(code), "uint8")

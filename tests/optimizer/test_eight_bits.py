@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import fusedopt
-from fusedopt.storage.quantized_tensor import Quantized
+from fusedopt.storage.quantized_tensor import Quantized, quantize
 from tests.conftest import DEVICE
 from tests.twins import BACKENDS, ENGINES, bits
 
@@ -121,3 +121,95 @@ def test_everything_at_once(kept, engine):
     for name, near, cancelled in (("exp_avg", 0, 3 / 32), ("exp_avg_sq", 3 / 16, 2**-20)):
         state, expected = mine.state[weight][name].dequantize(), full.state[true][name]
         torch.testing.assert_close(state, expected, rtol=near, atol=float(expected.abs().max()) * cancelled)
+
+
+def trained(backend, stride=(30, 1), steps=1):
+    weight = nn.Parameter(torch.empty_strided((20, 30), stride, device=DEVICE))
+    with torch.no_grad():
+        weight.copy_(torch.linspace(-1, 1, 600, device=DEVICE).view(20, 30))
+    optimizer = fusedopt.AdamW([weight], lr=0.1, backend=backend, state_dtype="8bit")
+    for _ in range(steps):
+        weight.grad = weight.detach().cos()
+        optimizer.step()
+    return weight, optimizer
+
+
+@pytest.mark.parametrize("debug", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_state_in_another_order_is_noticed(backend, debug, monkeypatch):
+    monkeypatch.setattr("fusedopt.plan.DEBUG", debug)
+    weight, optimizer = trained(backend, steps=2)
+    twin, other = trained(backend, steps=2)
+    state = optimizer.state[weight]["exp_avg"]
+    state.data = state.dequantize().t().contiguous().t()  # the same numbers in other blocks
+    true = other.state[twin]["exp_avg"]
+    true.copy_(state)
+    for param, each in ((weight, optimizer), (twin, other)):
+        param.grad = torch.zeros_like(param)
+        each.step()
+    torch.testing.assert_close(weight.detach(), twin.detach(), rtol=0.1, atol=0.01)
+    state = optimizer.state[weight]["exp_avg"]
+    assert state.stride() == weight.stride()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_state_of_another_shape_is_refused(backend, monkeypatch):
+    monkeypatch.setattr("fusedopt.plan.DEBUG", False)
+    weight, optimizer = trained(backend, steps=2)
+    state = optimizer.state[weight]
+    state["exp_avg"] = Quantized(state["exp_avg"].memory, (600,), (1,), False)
+    with pytest.raises(RuntimeError, match=r"state 'exp_avg' of parameter 0 of group 0 is torch\.float32 of shape"):
+        optimizer.step()
+
+
+@pytest.mark.usefixtures("small_states_are_full")
+def test_a_rank_may_have_small_parameters_only():
+    """What an option acts on may lie on another rank."""
+    fusedopt.AdamW([torch.ones(20)], state_dtype="8bit", rounding="stochastic")
+    with pytest.raises(ValueError, match="has nothing to round"):
+        fusedopt.Rprop([torch.ones(20)], state_dtype="8bit", rounding="stochastic")
+
+
+@pytest.mark.parametrize("value", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+def test_adagrad_begins_in_shared_memory(dtype, value):
+    weight = nn.Parameter(torch.ones(1000, dtype=dtype))
+    optimizer = fusedopt.Adagrad([weight], state_dtype="8bit", initial_accumulator_value=value)
+    state = optimizer.state[weight]["sum"]
+    full = torch.full_like(weight, complex(value, value) if dtype.is_complex else value)
+    torch.testing.assert_close(state.dequantize(), full.detach(), rtol=2**-18, atol=0)
+    assert bits(state) == bits(quantize(full.detach(), torch.uint8, (1,)))
+    optimizer.share_memory()
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    assert optimizer.state[weight]["sum"] is state
+    assert state.memory.is_shared()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_error_converts_nothing(backend):
+    params = [nn.Parameter(torch.ones(30)) for _ in range(2)]
+    optimizer = fusedopt.Adam(params, backend=backend)
+    for param in params:
+        param.grad = torch.ones(30)
+    optimizer.step()
+    optimizer.param_groups[0]["fusedopt_state_dtype"] = "8bit"
+    del optimizer.state[params[1]]["exp_avg_sq"]
+    with pytest.raises(RuntimeError, match="the state of parameter 1 of group 0 has no 'exp_avg_sq'"):
+        optimizer.step()
+    assert not isinstance(optimizer.state[params[0]]["exp_avg"], Quantized)
+
+
+def test_flushed_numbers_are_not_zero():
+    """The compiled engine compares bits: a number that is too small for the flag is still not 0."""
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor does not flush")
+    try:
+        weight = nn.Parameter(torch.ones(300))
+        optimizer = fusedopt.Adam([weight], betas=(0.0, 0.0), eps=0.0, backend=BACKENDS[1], state_dtype="8bit")
+        weight.grad = torch.ones(300)
+        weight.grad[1] = 1e-18
+        optimizer.step()
+        assert (optimizer.state[weight]["exp_avg_sq"].memory[:300] != 0).all()
+    finally:
+        torch.set_flush_denormal(False)

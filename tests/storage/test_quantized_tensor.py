@@ -568,3 +568,55 @@ def test_a_view_as_a_state(backend):
         assert {frozenset(map(str, state)) for state in all_bits(one)} == expected
     assert type(optimizer.state[params_of(optimizer)[1]]["exp_avg"]) is Quantized
     assert optimizer.state[params_of(optimizer)[1]]["exp_avg"].dtype == FP32
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda tensor: tensor.to(torch.bfloat16),
+        lambda tensor: tensor.double(),
+        lambda tensor: tensor.to("cpu", copy=True),
+        lambda tensor: tensor.t().reshape(-1),
+        lambda tensor: tensor.t().contiguous(),
+        lambda tensor: tensor.flatten(),
+    ],
+    ids=["bf16", "double", "copy", "reshape", "contiguous", "flatten"],
+)
+def test_operations_in_inference_mode(operation):
+    """torch takes them apart for whoever is called only outside of it."""
+    state = quantize(torch.randn(20, 30, generator=torch.Generator().manual_seed(0)), quantized.SIGNED, (30, 1))
+    expected = operation(state.dequantize())
+    with torch.inference_mode():
+        assert torch.equal(operation(state) + 0, expected)
+
+
+@pytest.mark.parametrize("operation", [torch.Tensor.t_, lambda tensor: tensor.resize_(30, 20)], ids=["t_", "resize_"])
+def test_it_lies_as_it_does(operation):
+    state = quantize(torch.ones(20, 30), quantized.SIGNED, (30, 1))
+    before = state.memory.clone()
+    with pytest.raises(RuntimeError, match="would change how a state in 8 bits lies"):
+        operation(state)
+    assert torch.equal(state.memory, before)
+
+
+def test_dlpack():
+    state = quantize(torch.randn(600, generator=torch.Generator().manual_seed(0)), quantized.SIGNED, (1,))
+    assert torch.equal(torch.from_dlpack(state), state.dequantize())
+
+
+def test_memory_that_is_part_of_a_programs_own():
+    """Scales at an odd address cannot be read: the step copies the memory, bit for bit."""
+    weight = torch.nn.Parameter(torch.ones(600))
+    optimizer = fusedopt.SGD([weight], lr=0.1, momentum=0.5, state_dtype="8bit", backend="eager")
+    weight.grad = torch.linspace(-1, 1, 600)
+    optimizer.step()
+    twin = copy.deepcopy(optimizer)
+    (other,) = twin.param_groups[0]["params"]
+    memory = optimizer.state[weight]["momentum_buffer"].memory
+    room = torch.empty(len(memory) + 1, dtype=memory.dtype)
+    room[1:] = memory
+    optimizer.state[weight]["momentum_buffer"] = Quantized(room[1:], weight.shape, weight.stride(), False)
+    for param, each in ((weight, optimizer), (other, twin)):
+        param.grad = torch.ones(600)
+        each.step()
+    assert torch.equal(weight.detach(), other.detach())
