@@ -17,11 +17,11 @@ from .dry import is_simulated
 
 def codes_of(optimizer: OptimizerLike, names: Sequence[str], param: Tensor, group: Group) -> dict[str, torch.dtype]:
     """The code of each state that has one. The memory of the parameter has to be its own."""
+    codes = {name: code for name in names if (code := code_of(optimizer, name, param, group)) is not None}
+    if not codes:
+        return codes
     held = sharding.local(param)
-    if not (layout.has_own_memory(type(held)) or is_simulated(held)):
-        return {}
-    codes = {name: code_of(optimizer, name, param, group) for name in names}
-    return {name: code for name, code in codes.items() if code is not None}
+    return codes if layout.has_own_memory(type(held)) or is_simulated(held) else {}
 
 
 def new_state(optimizer: OptimizerLike, name: str, param: Tensor, group: Group, fill: float = 0.0) -> Tensor:
@@ -47,8 +47,11 @@ def settled(value: Tensor, param: Tensor, code: torch.dtype | None, dtype: torch
         dtype: of a state without a code.
     """
     stride = layout.dense_stride(param)
-    is_stored = isinstance(value, Quantized) and (value.memory.dtype, value.device) == (code, param.device)
-    if isinstance(value, Quantized) and is_stored and layout.lies_as(value, stride):
+    if (
+        isinstance(value, Quantized)
+        and (value.memory.dtype, value.device) == (code, param.device)
+        and layout.lies_as(value, stride)
+    ):
         return value if _is_usable(value.memory) else value.clone()
     if graphs.is_capturing():
         raise RuntimeError("a state is to be stored in another form than before: make a step before the capture")

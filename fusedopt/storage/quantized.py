@@ -103,7 +103,7 @@ def _encoded(values: Tensor, code: torch.dtype, random: Tensor | None) -> tuple[
 
 def repeated(memory: Tensor, numel: int) -> Tensor:
     """Codes and scales of so many numbers which are all the one that is stored in `memory`."""
-    whole = memory.new_empty(size(numel)).fill_(0)
+    whole = memory.new_zeros(size(numel))
     for target, source in zip(_parts(whole, numel), _parts(memory, 1), strict=True):
         target.copy_(source)
     return whole
