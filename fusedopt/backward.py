@@ -31,8 +31,10 @@ from .storage.precision import is_stochastic
 _BACKWARD, _GRAD = torch.autograd.backward.__code__, torch.autograd.grad.__code__
 _NODE = BackwardCFunction.apply.__code__  # of a Function that is written in Python
 _TWICE = "{} steps in backward already: before you call step_in_backward again, remove() what it returned then"
+_NORM_IS_LATE = "the norm of all gradients is known when backward has ended, and then the parameters have stepped"
 _TOO_LATE = {
-    "max_grad_norm": "the norm of all gradients is known when backward has ended, and then the parameters have stepped",
+    "max_grad_norm": _NORM_IS_LATE,
+    "skip_grad_norm": _NORM_IS_LATE,
     "skip_nonfinite": "when the last gradient is known to be finite, the other parameters have stepped",
 }
 
@@ -187,8 +189,8 @@ def step_in_backward(
 
     Raises:
         TypeError: the factory makes no optimizer of this package.
-        ValueError: the optimizer has `max_grad_norm` or `skip_nonfinite`, which need all gradients before the first
-            step; a parameter is listed twice, or steps in backward already; the model is or has a
+        ValueError: the optimizer has `max_grad_norm`, `skip_nonfinite` or `skip_grad_norm`, which need all gradients
+            before the first step; a parameter is listed twice, or steps in backward already; the model is or has a
             DistributedDataParallel, or a FullyShardedDataParallel, which add the gradients of ranks when it is too
             late.
         RuntimeError: in ``backward``, what ``step`` would raise; where a step pre-hook expects all gradients; within

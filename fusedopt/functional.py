@@ -37,7 +37,7 @@ def register_functional_optim(optimizer_class: type[FusedOptimizer]) -> None:
     Raises:
         TypeError: it is something else.
         ValueError: when torch makes or steps the counterpart, which for ZeRO is in one of the first backwards:
-            `max_grad_norm` or `skip_nonfinite`, which take all gradients before the first step, or
+            `max_grad_norm`, `skip_nonfinite` or `skip_grad_norm`, which take all gradients before the first step, or
             ``rounding="stochastic"``, whose random numbers take the parameter's place and the number of steps.
     """
     if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, FusedOptimizer)):

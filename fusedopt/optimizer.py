@@ -20,6 +20,7 @@ from .protocol import Group, Scalars, States
 from .step import amp
 from .step.coding import new_state
 from .step.hooks import hooked_step
+from .step.hyper import place_of_choice
 from .step.sharding import is_flattened, is_sharded
 from .stepper import Stepper
 from .storage import precision
@@ -42,6 +43,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         options: keys of a param group that decide which states there are.
         optional: those of both that torch's class lacks, with their defaults. A group has such a key only where it
             differs, so that torch's checkpoints fit.
+        choices: by those of `hyperparameters` that are names, the names to choose from. `scalars` gets the place of the
+            one that was chosen: 0 for the first.
         scalar_states: names of the states that are one number a parameter (``step``).
         states: names of the states that are one number an element.
         always: names of those of both that every parameter keeps from its first step on, whatever the options. A state
@@ -79,15 +82,20 @@ class FusedOptimizer(torch.optim.Optimizer):
             ``torch.nn.utils.clip_grad_norm_`` does, where the norm is that of the gradients of all parameters
             together, unscaled. The gradients themselves are not clipped. None does not clip.
         skip_nonfinite: leave everything as it is in a step for which any gradient has an infinite or NaN element.
+        skip_grad_norm: at least 0. Leave everything as it is in a step whose norm, that of `max_grad_norm` before
+            clipping, is above this, or for which any gradient has an infinite or NaN element. None does not ask.
         ema_decay: :math:`\delta \in [0, 1)` of an average of the weights, :math:`a \leftarrow \delta a +
             (1 - \delta) \theta`, which begins with the weights after the first step and goes on whenever its parameter
             steps. `swap_ema` evaluates with it. None keeps no average.
 
+    `max_grad_norm`, `skip_grad_norm` and `ema_decay` may be one-element tensors, as every hyperparameter: a step reads
+    what they hold then, and waits for none that lies on a device. Such a one is not checked.
+
     For one group alone, or later, set an option by its key in the param group, which is its name after ``fusedopt_``:
     ``{"params": params, "fusedopt_ema_decay": 0.9}``. Keys without that prefix are yours, whatever they are called. All
-    but `backend` have such a key; `max_grad_norm` and `skip_nonfinite` are the same in all groups. A group has the
-    options that differ from their defaults, and the seed of stochastic rounding; where a loaded one has none, this
-    optimizer's stay.
+    but `backend` have such a key; `max_grad_norm`, `skip_nonfinite` and `skip_grad_norm` are the same in all groups. A
+    group has the options that differ from their defaults, and the seed of stochastic rounding; where a loaded one has
+    none, this optimizer's stay.
 
     ``torch.amp.GradScaler`` leaves unscaling and skipping to the step where kernels step all parameters, and no
     hook, no wrapper and no `step` of a subclass would see scaled gradients: by its attributes `grad_scale`, which the
@@ -101,8 +109,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     elements or gradients; all take the same decision.
 
     In a CUDA graph the step is captured with the numbers, and for the parameters with gradients, of that moment. What
-    is to change between replays must be a tensor on the device: `lr` and, where the class takes them, others. Make a
-    step before the capture, so that the states are there. The optimizer keeps what the graph reads as long as it lives.
+    is to change between replays must be a tensor on the device: any hyperparameter, such as `lr`, `weight_decay` or
+    each of `betas`, and the three options above. Make a step before the capture, so that the states are there. The
+    optimizer keeps what the graph reads as long as it lives.
 
     State:
         States in 8 bits are tensors that decode themselves for any operation of torch: they look like fp32
@@ -114,10 +123,11 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     Raises:
         TypeError: the class does not declare what is asked for above, or its parts disagree; `seed` is no int;
-            `max_grad_norm` or `ema_decay` is no number, `skip_nonfinite` no bool.
+            `max_grad_norm`, `skip_grad_norm` or `ema_decay` is no number, `skip_nonfinite` no bool.
         ValueError: unknown backend; ``"triton"`` or ``"compiled"`` for a parameter that it cannot step; options for low
-            precision that are unknown, exclude each other, or have nothing to act on; `max_grad_norm` or `ema_decay`
-            outside its range; `max_grad_norm` or `skip_nonfinite` not the same in all groups.
+            precision that are unknown, exclude each other, or have nothing to act on; `max_grad_norm`,
+            `skip_grad_norm` or `ema_decay` outside its range; `max_grad_norm`, `skip_nonfinite` or `skip_grad_norm` not
+            the same in all groups; a name that is none of `choices`.
         RuntimeError: ``differentiable=True``; ``fused`` and ``foreach`` both true; ``backend="triton"`` without
             Triton, ``backend="compiled"`` without numba.
     """
@@ -126,6 +136,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     hyperparameters: ClassVar[tuple[str, ...]]
     options: ClassVar[tuple[str, ...]] = ()
     optional: ClassVar[dict[str, Any]] = {}
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {}
     scalar_states: ClassVar[tuple[str, ...]] = ()
     states: ClassVar[tuple[str, ...]] = ()
     always: ClassVar[tuple[str, ...]] = ()
@@ -163,9 +174,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         kahan: bool = False,
         rounding: str = "nearest",
         seed: int = 0,
-        max_grad_norm: float | None = None,
+        max_grad_norm: float | Tensor | None = None,
         skip_nonfinite: bool = False,
-        ema_decay: float | None = None,
+        skip_grad_norm: float | Tensor | None = None,
+        ema_decay: float | Tensor | None = None,
     ) -> None:
         if backend not in BACKENDS:
             raise ValueError(f"Invalid backend: {backend!r}, choose one of {', '.join(map(repr, BACKENDS))}")
@@ -186,6 +198,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             "seed": seed,
             "max_grad_norm": max_grad_norm,
             "skip_nonfinite": skip_nonfinite,
+            "skip_grad_norm": skip_grad_norm,
             "ema_decay": ema_decay,
             "backend": backend,  # for `type(optimizer)(params, **optimizer.defaults)`
         }
@@ -227,6 +240,17 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Whether 8 bits are never enough for the state `name`, which then keeps its dtype."""
         return False
 
+    @staticmethod
+    def settle_group(group: Group, index: int) -> None:
+        """Check a group, and add the keys that follow from others.
+
+        Called for a new group, and in a step for all groups after a flag, a name or one of `optional` has changed.
+
+        Args:
+            group: to be completed in place. If this raises, nothing may have been added.
+            index: of the group, for a message.
+        """
+
     def init_state(self, param: Tensor, state: dict[str, Any], group: Group) -> None:
         """Create the states that a parameter lacks: 0 for each number, zeros for each tensor."""
         for name in self.scalar_states:
@@ -249,7 +273,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: a gradient or state does not fit its parameter, or a state lacks what the class always keeps.
             ValueError, TypeError: an option that was set since is one that the constructor would have refused;
-                `max_grad_norm` or `skip_nonfinite` for pieces of ``FullyShardedDataParallel``'s parameters.
+                `max_grad_norm`, `skip_nonfinite` or `skip_grad_norm` for pieces of ``FullyShardedDataParallel``'s
+                parameters.
 
         Nothing has been written then.
         """
@@ -264,15 +289,15 @@ class FusedOptimizer(torch.optim.Optimizer):
     def grad_norm(self) -> Tensor | None:
         """The norm of all gradients in the last step, unscaled and before clipping: 0-d, fp64, where the step ran.
 
-        None unless `max_grad_norm` or `skip_nonfinite` asked for it.
+        None unless `max_grad_norm`, `skip_nonfinite` or `skip_grad_norm` asked for it.
         """
         return self._stepper.grad_norm
 
     @property
     def skipped_steps(self) -> Tensor:
-        """How many steps skipped themselves, on GradScaler's word or by `skip_nonfinite`: 0-d, int64, where they ran.
+        """How many steps skipped themselves, on GradScaler's word or by their own: 0-d, int64, where they ran.
 
-        With `skip_nonfinite` it is saved, as a key of the param groups.
+        With `skip_nonfinite` or `skip_grad_norm` it is saved, as a key of the param groups.
         """
         counts = [group[SKIPPED_STEPS] for group in self.param_groups if SKIPPED_STEPS in group]
         count = counts[0] if counts else self._stepper.skipped_steps
@@ -336,6 +361,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         if group.get("fused") and group.get("foreach"):
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
         check_group(self.param_groups, index)
+        for name, names in self.choices.items():
+            place_of_choice(names, group.get(name, names[0]), name, index)
+        self.settle_group(group, index)
         for position, param in enumerate(group["params"]):
             why = why_not(self.backend, param)
             if why is not None:

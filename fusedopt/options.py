@@ -24,6 +24,7 @@ DEFAULTS: Group = {
     "seed": 0,
     "max_grad_norm": None,
     "skip_nonfinite": False,
+    "skip_grad_norm": None,
     "ema_decay": None,
 }
 PREFIX = "fusedopt_"
@@ -33,7 +34,7 @@ SKIPPED_STEPS = PREFIX + "skipped_steps"
 ROUNDING_STEP = PREFIX + "rounding_step"  # how many steps have been rounded at random: counts the random numbers
 COUNTERS = (SKIPPED_STEPS, ROUNDING_STEP)
 # One value for all groups: these are about the gradients of all parameters together.
-SHARED = ("max_grad_norm", "skip_nonfinite")
+SHARED = ("max_grad_norm", "skip_nonfinite", "skip_grad_norm")
 EIGHT_BITS = "8bit"
 STATE_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16, EIGHT_BITS)
 ROUNDINGS = ("nearest", "stochastic")
@@ -48,9 +49,10 @@ class CommonOptions(TypedDict, total=False):
     kahan: bool
     rounding: str
     seed: int
-    max_grad_norm: float | None
+    max_grad_norm: float | Tensor | None
     skip_nonfinite: bool
-    ema_decay: float | None
+    skip_grad_norm: float | Tensor | None
+    ema_decay: float | Tensor | None
 
 
 def option(group: Group, name: str) -> Any:
@@ -60,8 +62,9 @@ def option(group: Group, name: str) -> Any:
 
 def takes_all_gradients(group: Group) -> str | None:
     """The option of a group that takes the gradients of all parameters before the first step, if there is one."""
-    if option(group, "max_grad_norm") is not None:
-        return "max_grad_norm"
+    for name in ("max_grad_norm", "skip_grad_norm"):
+        if option(group, name) is not None:
+            return name
     return "skip_nonfinite" if option(group, "skip_nonfinite") else None
 
 
@@ -113,7 +116,7 @@ def begin_counters(group: Group) -> None:
         group.pop(key, None)
     if option(group, "rounding") == "stochastic":
         group[ROUNDING_STEP] = 0
-    if option(group, "skip_nonfinite"):
+    if option(group, "skip_nonfinite") or option(group, "skip_grad_norm") is not None:
         group[SKIPPED_STEPS] = 0
 
 
@@ -132,16 +135,22 @@ def check_group(groups: Sequence[Group], index: int) -> None:
     group = groups[index]
     _check_storage(group, index)
     _check_flag(group, "skip_nonfinite", index)
-    max_grad_norm, ema_decay = option(group, "max_grad_norm"), option(group, "ema_decay")
-    _check_number(max_grad_norm, "max_grad_norm", index)
-    _check_number(ema_decay, "ema_decay", index)
-    if max_grad_norm is not None and not max_grad_norm >= 0:
-        raise ValueError(f"Invalid max_grad_norm of group {index}: {max_grad_norm}, it must not be negative")
+    for name in ("max_grad_norm", "skip_grad_norm"):
+        norm = _checked_number(group, name, index)
+        if norm is not None and not norm >= 0:
+            raise ValueError(f"Invalid {name} of group {index}: {norm}, it must not be negative")
+    ema_decay = _checked_number(group, "ema_decay", index)
     if ema_decay is not None and not 0 <= ema_decay < 1:
         raise ValueError(f"Invalid ema_decay of group {index}: {ema_decay}, it must lie in [0, 1)")
     for name in SHARED:
         value, first = option(group, name), option(groups[0], name)
-        if value != first:
+        if isinstance(value, Tensor) and isinstance(first, Tensor):
+            if value is not first and float(value) == float(first):  # a checkpoint was loaded piece by piece
+                group[KEYS[name]] = value = first
+            agree = value is first
+        else:
+            agree = not isinstance(value, Tensor) and not isinstance(first, Tensor) and value == first
+        if not agree:
             raise ValueError(
                 f"{name} is one for all groups, since it is about all gradients together, "
                 f"but it is {first!r} in group 0 and {value!r} in group {index}"
@@ -181,10 +190,20 @@ def _check_flag(group: Group, name: str, index: int) -> None:
         raise TypeError(f"{name} of group {index} must be True or False, but it is {value!r}")
 
 
-def _check_number(value: Any, name: str, index: int) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not is_number(value):
+def _checked_number(group: Group, name: str, index: int) -> float | None:
+    """The value of an option that is a number, if there is one that nobody must wait for."""
+    value = option(group, name)
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"Tensor {name} of group {index} must be 1-element")
+        if value.dtype.is_complex or value.dtype == torch.bool:
+            raise TypeError(f"Tensor {name} of group {index} must be real, but its dtype is {value.dtype}")
+        if value.device.type != "cpu":
+            return None
+    elif value is None:
+        return None
+    elif isinstance(value, bool) or not is_number(value):
         raise TypeError(f"{name} of group {index} must be a number or None, but it is {value!r}")
     if math.isnan(value):
         raise ValueError(f"Invalid {name} of group {index}: {value}")
+    return float(value)

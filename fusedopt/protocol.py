@@ -21,6 +21,7 @@ class OptimizerLike(Protocol):
     hyperparameters: ClassVar[tuple[str, ...]]
     options: ClassVar[tuple[str, ...]]
     optional: ClassVar[dict[str, Any]]
+    choices: ClassVar[dict[str, tuple[str, ...]]]
     scalar_states: ClassVar[tuple[str, ...]]
     states: ClassVar[tuple[str, ...]]
     always: ClassVar[tuple[str, ...]]
@@ -49,6 +50,11 @@ class OptimizerLike(Protocol):
 
     def is_exact(self, name: str, group: Group) -> bool:
         """Whether a state is never stored in 8 bits."""
+        ...
+
+    @staticmethod
+    def settle_group(group: Group, index: int) -> None:
+        """Check a group, and add the keys that follow from others."""
         ...
 
     def init_state(self, param: Tensor, state: dict[str, Any], group: Group) -> None:

@@ -104,7 +104,7 @@ class Stepper:
             self._captured.append(plan)
         if gate.may_skip:
             # GradScaler's user has asked for no key.
-            saving = groups if gate.skip_nonfinite else [group for group in groups if SKIPPED_STEPS in group]
+            saving = groups if hyper.may_skip else [group for group in groups if SKIPPED_STEPS in group]
             self.skipped_steps = settled_counter(saving, SKIPPED_STEPS, self.skipped_steps, plan.device)
             gate.skipped_steps = self.skipped_steps
         if plan.rounds_at_random and plan.entries:

@@ -58,8 +58,9 @@ def sum_squares(
 
 
 @triton.jit
-def decide(limits_ptr, grad_scale_ptr, found_inf_ptr, partials_ptr, n_partials, BLOCK_SIZE: tl.constexpr):
+def decide(limits, grad_scale_ptr, found_inf_ptr, partials_ptr, n_partials, BLOCK_SIZE: tl.constexpr):
     """(1 / grad_scale, that and clipping, whether the step is skipped, the norm of the gradients)."""
+    max_grad_norm, skip_nonfinite, skip_grad_norm = limits
     squares = tl.zeros([BLOCK_SIZE], tl.float64)
     not_finite = tl.zeros([BLOCK_SIZE], tl.float64)
     for first in range(0, n_partials, BLOCK_SIZE):
@@ -70,9 +71,8 @@ def decide(limits_ptr, grad_scale_ptr, found_inf_ptr, partials_ptr, n_partials, 
 
     unscale = 1 / tl.load(grad_scale_ptr).to(tl.float64)
     grad_norm = tl.sqrt(tl.sum(squares)) * unscale
-    max_grad_norm = tl.load(limits_ptr)
     clip = max_grad_norm / (grad_norm + 1e-6)
     clip = tl.where((max_grad_norm < 0) | (clip > 1), 1.0, clip)
-    skip_nonfinite = tl.load(limits_ptr + 1) != 0
-    skip = (tl.load(found_inf_ptr) != 0) | (skip_nonfinite & (tl.sum(not_finite) != 0))
+    skip = (tl.load(found_inf_ptr) != 0) | ((skip_nonfinite != 0) & (tl.sum(not_finite) != 0))
+    skip |= grad_norm > skip_grad_norm
     return unscale, unscale * clip, skip, grad_norm

@@ -68,7 +68,8 @@ def prepare(
     scalar_states_ptr,  # int64 [n_tensors, N_SCALAR_STATES + 1]: addresses of 0-d states, +1 for fp32, 0 = absent
     hyper_ptr,  # float64 [groups, N_HYPER + 1]: the rule's, then ema_decay
     hyper_tensors_ptr,  # int64 [groups, N_HYPER + 1]: address of a device tensor, +1 for fp32, 0 = take hyper_ptr's
-    limits_ptr,  # float64 [2]: max_grad_norm (negative = none), skip_nonfinite
+    limits_ptr,  # float64 [3]: max_grad_norm (negative = none), skip_nonfinite, skip_grad_norm (infinite = none)
+    limit_tensors_ptr,  # int64 [3]: as hyper_tensors_ptr
     scalars_ptr,  # float64 [n_tensors, N_SCALARS + 1]: written
     control_ptr,  # float64 [4]: written: what gradients are multiplied by, whether the step is skipped, 1 / grad_scale,
     # how many steps have been rounded at random, this one included
@@ -94,8 +95,12 @@ def prepare(
     The rule's states are followed by whether a tensor's average has begun, the rule's scalars by the weight of its next
     update, which follows from that.
     """
+    limits = ()
+    for i in tl.static_range(3):
+        limit = tl.load(limits_ptr + i)
+        limits += (load_number(tl.load(limit_tensors_ptr + i), limit) if HYPER_TENSORS else limit,)
     unscale, factor, skip, grad_norm = decide(
-        limits_ptr, grad_scale_ptr, found_inf_ptr, partials_ptr, n_partials, BLOCK_SIZE
+        limits, grad_scale_ptr, found_inf_ptr, partials_ptr, n_partials, BLOCK_SIZE
     )
     if tl.program_id(0) == 0:
         tl.store(control_ptr, factor)

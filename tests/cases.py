@@ -58,6 +58,8 @@ def _rows(optimizer: str, *options: dict[str, Any], in_torch: bool = True) -> li
     return [Case(optimizer, row, in_torch) for row in options]
 
 
+DECOUPLED = {"decoupled_weight_decay": True}
+
 CASES = [
     *_rows(
         "SGD",
@@ -108,6 +110,7 @@ CASES = [
         {"lr": 0.01},
         {"lr": 0.01, "weight_decay": 0.1, "amsgrad": True, "maximize": True},
     ),
+    *_rows("AdamW", {"lr": 0.01, "weight_decay": 0.5, "weight_decay_form": "cautious"}, in_torch=False),
     *_rows(
         "NAdam",
         {"lr": 0.01},
@@ -115,10 +118,20 @@ CASES = [
         {"lr": 0.01, "weight_decay": 0.1, "decoupled_weight_decay": True},
     ),
     *_rows(
+        "NAdam",
+        {"lr": 0.01, "weight_decay": 0.1, **DECOUPLED, "weight_decay_form": "fully_decoupled", "max_lr": 0.02},
+        in_torch=False,
+    ),
+    *_rows(
         "RAdam",
         {"lr": 0.01},
         {"lr": 0.01, "betas": (0.8, 0.7), "eps": 1e-6, "weight_decay": 0.1, "maximize": True},
         {"lr": 0.01, "betas": (0.9, 0.9), "weight_decay": 0.1, "decoupled_weight_decay": True},
+    ),
+    *_rows(
+        "RAdam",
+        {"lr": 0.1, "weight_decay": 0.5, **DECOUPLED, "weight_decay_form": "cautious_corrected", "max_lr": 0.2},
+        in_torch=False,
     ),
     *_rows(
         "Adamax",
@@ -140,6 +153,7 @@ CASES = [
         "Lion",
         {"lr": 0.01},
         {"lr": 0.01, "betas": (0.8, 0.7), "weight_decay": 0.1, "maximize": True},
+        {"lr": 0.01, "weight_decay": 0.1, "weight_decay_form": "cautious_fully_decoupled", "max_lr": 0.02},
         in_torch=False,
     ),
 ]

@@ -122,6 +122,7 @@ def rounded(scalar: Bounded, dtype: torch.dtype) -> Bounded:
     return Bounded(scalar.value, abs(scalar.value) + share * scalar.bound, exact=True)
 
 
+DECAY = {"weight_decay_form": "standard", "max_lr": None}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "SGD": {
         "lr": 1e-3,
@@ -157,8 +158,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "weight_decay": 0,
         "amsgrad": False,
         "decoupled_weight_decay": False,
+        **DECAY,
     },
-    "AdamW": {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2, "amsgrad": False},
+    "AdamW": {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2, "amsgrad": False, **DECAY},
     "NAdam": {
         "lr": 2e-3,
         "betas": (0.9, 0.999),
@@ -166,6 +168,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "weight_decay": 0,
         "momentum_decay": 4e-3,
         "decoupled_weight_decay": False,
+        **DECAY,
     },
     "RAdam": {
         "lr": 1e-3,
@@ -173,11 +176,12 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "eps": 1e-8,
         "weight_decay": 0,
         "decoupled_weight_decay": False,
+        **DECAY,
     },
     "Adamax": {"lr": 2e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0},
     "ASGD": {"lr": 1e-2, "lambd": 1e-4, "alpha": 0.75, "t0": 1e6, "weight_decay": 0},
     "Rprop": {"lr": 1e-2, "etas": (0.5, 1.2), "step_sizes": (1e-6, 50)},
-    "Lion": {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0},
+    "Lion": {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0, **DECAY},
 }
 
 
@@ -283,7 +287,7 @@ def adam(o: Any, p: Bounded, g: Bounded, old: Any, step: int, compute: torch.dty
         v = new["max_exp_avg_sq"] = _begun(old["max_exp_avg_sq"], p).maximum(v)
     step_size = rounded(lr / (1 - power(beta1, step)), compute)
     correction = rounded((1 - power(beta2, step)).sqrt(), compute)
-    return p - step_size * (m / (v.sqrt() / correction + o["eps"])), new
+    return _moved(o, p, m, step_size * (m / (v.sqrt() / correction + o["eps"])), compute), new
 
 
 def adamw(o: Any, p: Bounded, g: Bounded, old: Any, step: int, compute: torch.dtype) -> Any:
@@ -305,7 +309,8 @@ def nadam(o: Any, p: Bounded, g: Bounded, old: Any, step: int, compute: torch.dt
     step_size = rounded(lr * mu(step + 1) / (1 - product * mu(step + 1)), compute)
     correction = rounded(1 - power(beta2, step), compute)
     denom = (new["exp_avg_sq"] / correction).sqrt() + o["eps"]
-    return p - grad_size * g / denom - step_size * new["exp_avg"] / denom, new
+    direction = grad_size * g + step_size * new["exp_avg"]
+    return _moved(o, p, direction, grad_size * g / denom + step_size * new["exp_avg"] / denom, compute), new
 
 
 def radam(o: Any, p: Bounded, g: Bounded, old: Any, step: int, compute: torch.dtype) -> Any:
@@ -315,10 +320,11 @@ def radam(o: Any, p: Bounded, g: Bounded, old: Any, step: int, compute: torch.dt
     rho_inf = 2 / (1 - Bounded.of(beta2)) - 1
     rho = rho_inf - 2 * step * power(beta2, step) / (1 - power(beta2, step))
     if rho.value <= 5:
-        return p - step_size * new["exp_avg"], new
+        return _moved(o, p, new["exp_avg"], step_size * new["exp_avg"], compute), new
     rectification = ((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)).sqrt()
     adaptive = rounded(rectification * (1 - power(beta2, step)).sqrt(), compute)
-    return p - step_size * (adaptive * new["exp_avg"] / (new["exp_avg_sq"].sqrt() + o["eps"])), new
+    update = step_size * (adaptive * new["exp_avg"] / (new["exp_avg_sq"].sqrt() + o["eps"]))
+    return _moved(o, p, new["exp_avg"], update, compute), new
 
 
 def adamax(o: Any, p: Bounded, g: Bounded, old: Any, step: int, compute: torch.dtype) -> Any:
@@ -356,10 +362,14 @@ def lion(o: Any, p: Bounded, g: Bounded, old: Any, step: int, compute: torch.dty
     lr, (beta1, beta2) = o["lr"], o["betas"]
     m = _begun(old["exp_avg"], p)
     direction, undecided = sign(beta1 * m + rounded(1 - Bounded.of(beta1), compute) * g, compute)
-    p = rounded(1 - lr * Bounded.of(o["weight_decay"]), compute) * p if o["weight_decay"] else p
-    others = tuple((p - lr * Bounded.of(np.where(undecided, other, np.nan))).value for other in (-1, 0, 1))
-    p = replace(p - lr * Bounded.of(direction), others=others if undecided.any() else ())
-    return p, {"exp_avg": beta2 * m + rounded(1 - Bounded.of(beta2), compute) * g}
+
+    def along(direction: Array) -> Bounded:
+        return _decayed(o, p, direction, compute) - lr * Bounded.of(direction)
+
+    others = tuple(along(np.where(undecided, other, np.nan)).value for other in (-1, 0, 1))
+    return replace(along(direction), others=others if undecided.any() else ()), {
+        "exp_avg": beta2 * m + rounded(1 - Bounded.of(beta2), compute) * g
+    }
 
 
 EQUATIONS = {
@@ -381,13 +391,40 @@ EQUATIONS = {
 def _moments(o: Any, p: Bounded, g: Bounded, old: Any, compute: torch.dtype) -> tuple[Bounded, Bounded, dict[str, Any]]:
     """Weight decay and the two averages that the Adam family has in common."""
     beta1, beta2 = o["betas"]
-    if o["decoupled_weight_decay"]:
-        p = rounded(1 - o["lr"] * Bounded.of(o["weight_decay"]), compute) * p
-    elif o["weight_decay"]:
+    if o["weight_decay"] and not o["decoupled_weight_decay"]:
         g = g + o["weight_decay"] * p
     m = beta1 * _begun(old["exp_avg"], p) + rounded(1 - Bounded.of(beta1), compute) * g
     v = beta2 * _begun(old["exp_avg_sq"], p) + rounded(1 - Bounded.of(beta2), compute) * (g * g)
     return p, g, {"exp_avg": m, "exp_avg_sq": v}
+
+
+def _decayed(o: Any, p: Bounded, direction: Array, compute: torch.dtype) -> Bounded:
+    """Decoupled weight decay, where `direction` has the signs of the update that is to be subtracted."""
+    if not o["weight_decay"]:
+        return p
+    coupling = o["weight_decay_form"].removeprefix("cautious_")
+    rate = Bounded.of(o["lr"])
+    if coupling == "fully_decoupled":
+        rate = rate / Bounded.of(o["max_lr"])
+    elif coupling == "corrected":
+        rate = rate * rate / Bounded.of(o["max_lr"])
+    decay = rounded(1 - rate * Bounded.of(o["weight_decay"]), compute)
+    if o["weight_decay_form"].startswith("cautious"):
+        sits_out = direction * np.sign(p.value) < 0
+        decay = Bounded(np.where(sits_out, 1, decay.value), np.where(sits_out, 1, decay.bound), exact=True)
+    return decay * p
+
+
+def _moved(o: Any, p: Bounded, direction: Bounded, update: Bounded, compute: torch.dtype) -> Bounded:
+    """Decay, if it is decoupled, and the update of an optimizer whose updates have the signs of `direction`."""
+    if not o.get("decoupled_weight_decay", True):
+        return p - update
+    signs, undecided = sign(direction, compute)
+    moved = _decayed(o, p, signs, compute) - update
+    if not (o["weight_decay_form"].startswith("cautious") and undecided.any()):
+        return moved
+    both = (_decayed(o, p, np.full_like(signs, other), compute) - update for other in (-1, 1))
+    return replace(moved, others=tuple(np.where(undecided, other.value, np.nan) for other in both))
 
 
 def _numpy(dtype: torch.dtype) -> Any:

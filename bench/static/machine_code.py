@@ -29,6 +29,7 @@ TABLES = {
     "hyper_ptr": torch.float64,
     "hyper_tensors_ptr": torch.int64,
     "limits_ptr": torch.float64,
+    "limit_tensors_ptr": torch.int64,
     "grad_scale_ptr": torch.float32,
     "found_inf_ptr": torch.float32,
     "partials_ptr": torch.float64,

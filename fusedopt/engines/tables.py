@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..protocol import OptimizerLike
 from ..step.gate import Gate
-from ..step.hyper import Hyper, count_scalars, flat, tuple_getter
+from ..step.hyper import N_LIMITS, Hyper, Number, count_scalars, flat, tuple_getter
 from .choice import triton_interprets, warp_size
 from .compiled import CompiledKernels, Kernel, Launch
 from .signature import Signature, launch_options, rule, triton_value
@@ -155,12 +155,13 @@ class Tables:
 
         # What may differ between two steps: gradients, numbers, addresses of numbers, limits.
         n_numbers = len(optimizer.param_groups) * (n_hyper + 1)
-        self._dynamic, parts = _sections([len(ordered), n_numbers, n_numbers, 2])
+        self._dynamic, parts = _sections([len(ordered), n_numbers, n_numbers, N_LIMITS, N_LIMITS])
         self._told = [
-            self._dynamic[part].view(dtype) for part, dtype in zip(parts, (np.int64, np.float64) * 2, strict=True)
+            self._dynamic[part].view(dtype)
+            for part, dtype in zip(parts, (np.int64, *(np.float64, np.int64) * 2), strict=True)
         ]
         self._dynamic_on_device = self.uploads.memory_for(self._dynamic)
-        dtypes = (torch.int64, torch.float64) * 2
+        dtypes = (torch.int64, *(torch.float64, torch.int64) * 2)
         self._reads = [self._dynamic_on_device[part].view(dtype) for part, dtype in zip(parts, dtypes, strict=True)]
         self._hyper_tensors: list[Tensor] = []
         self._converts = False  # whether any of them is a copy, which does not follow its source
@@ -168,11 +169,11 @@ class Tables:
         self._known: Any = None  # what the last `read` was told
 
         # The arguments of the launches that stay the same.
-        grads, hyper, hyper_tensors, limits = self._reads
+        grads, hyper, hyper_tensors, limits, limit_tensors = self._reads
         n_tensors = len(ordered)
         self._prepare = (
             *(-(-n_tensors // self._kernels.prepare_block_size), n_tensors),
-            *(self._groups, grads, self._scalar_states, hyper, hyper_tensors, limits),
+            *(self._groups, grads, self._scalar_states, hyper, hyper_tensors, limits, limit_tensors),
             *(self._scalars, self._control, n_tensors),
         )
         firsts = accumulate(map(len, members.values()), initial=0)
@@ -194,12 +195,10 @@ class Tables:
 
     def read(self, grad_addresses: Sequence[int], hyper: Hyper, gate: Gate) -> None:
         """Bring what may differ between two steps to the device; gradients without an address sit this one out."""
-        known = grad_addresses, hyper.version, gate.numbers()
+        known = grad_addresses, hyper.version
         if known == self._known and not self._converts and not gate.is_captured:
             return
-        grads, _, _, limits = self._told
-        grads[:] = grad_addresses
-        limits[:] = gate.numbers()
+        self._told[0][:] = grad_addresses
         if hyper.version != self._hyper_version or self._converts:
             self._read_hyper(hyper)
         # The stream's earlier kernels have read the old contents by the time that these arrive.
@@ -280,13 +279,17 @@ class Tables:
 
     def _read_hyper(self, hyper: Hyper) -> None:
         """Numbers, and the addresses of those that live on a device (odd: fp32). The tensors are kept alive."""
-        _, numbers, pointers, _ = self._told
+        _, hyper_numbers, hyper_pointers, limits, limit_pointers = self._told
         self._hyper_tensors, self._converts = [], False
+        self._put_numbers(flat(hyper.rows), hyper_numbers, hyper_pointers, hyper.on_device)
+        self._put_numbers(hyper.limits, limits, limit_pointers, hyper.on_device)
+
+    def _put_numbers(self, source: Iterable[Number], numbers: Array, pointers: Array, on_device: bool) -> None:
         pointers[:] = 0
-        if not hyper.on_device:
-            numbers[:] = np.fromiter(flat(hyper.rows), np.float64, len(numbers))
+        if not on_device:
+            numbers[:] = np.fromiter(source, np.float64, len(numbers))
             return
-        for i, number in enumerate(flat(hyper.rows)):
+        for i, number in enumerate(source):
             if isinstance(number, Tensor):
                 if number.device != self.device or number.dtype not in (torch.float32, torch.float64):
                     number, self._converts = number.to(self.device, torch.float64), True

@@ -13,6 +13,7 @@ from ..optimizer import FusedOptimizer
 from ..options import CommonOptions
 from ..protocol import Group, Scalars, States
 from .checks import check_betas, check_lr, check_not_negative
+from .decay import CHOICES, OPTIONAL, decay_, factors, settle
 
 
 class Adam(FusedOptimizer):
@@ -44,6 +45,20 @@ class Adam(FusedOptimizer):
         fused: False is ``backend="eager"``; None and True leave the choice to `backend`.
         decoupled_weight_decay: :math:`\theta \leftarrow (1 - \eta\lambda)\theta` before the update, in place of the
             first line.
+        weight_decay_form: how much a step takes of a parameter, where :math:`u` is what it subtracts beside that:
+
+            - ``"standard"``: :math:`\eta\lambda\theta`.
+            - ``"fully_decoupled"``: :math:`(\eta / \eta_{max})\lambda\theta`. The decay follows the schedule of the
+              learning rate, but not its size (`Loshchilov and Hutter <https://arxiv.org/abs/1711.05101>`_, 2019;
+              `decouple_lr` of torch-optimi). A good :math:`\lambda` is :math:`\eta_{max}` times that of the standard.
+            - ``"corrected"``: :math:`(\eta / \eta_{max})\eta\lambda\theta`, which keeps the ratio of gradients and
+              parameters steady in layers that a normalization follows (AdamC: `Defazio
+              <https://arxiv.org/abs/2506.02285>`_, 2025). Leave the other layers standard, in a group of their own.
+            - ``"cautious"``: as the standard, but only where :math:`u\theta \ge 0`, so that decay never holds an update
+              up (`Chen et al. <https://arxiv.org/abs/2510.12402>`_, 2025). Also ``"cautious_fully_decoupled"`` and
+              ``"cautious_corrected"``.
+        max_lr: :math:`\eta_{max} > 0`, the largest learning rate of the schedule, a number or a one-element tensor.
+            None is the `lr` that a group begins with; ``OneCycleLR`` sets its own.
         **common: what every optimizer takes, ``backend`` and those for low precision: see `FusedOptimizer`.
 
     State:
@@ -55,8 +70,20 @@ class Adam(FusedOptimizer):
     """
 
     kernel = "adam"
-    hyperparameters = ("lr", "betas", "eps", "weight_decay", "maximize", "decoupled_weight_decay")
+    hyperparameters = (
+        "lr",
+        "betas",
+        "eps",
+        "weight_decay",
+        "maximize",
+        "decoupled_weight_decay",
+        "weight_decay_form",
+        "max_lr",
+    )
     options = ("amsgrad", "fused")
+    optional = OPTIONAL
+    choices = CHOICES
+    settle_group = staticmethod(settle)
     scalar_states = ("step",)
     states = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
     always = ("step", "exp_avg", "exp_avg_sq")
@@ -77,6 +104,8 @@ class Adam(FusedOptimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
+        weight_decay_form: str = "standard",
+        max_lr: float | Tensor | None = None,
         **common: Unpack[CommonOptions],
     ) -> None:
         if isinstance(lr, Tensor) and foreach and not capturable:
@@ -105,6 +134,8 @@ class Adam(FusedOptimizer):
             "differentiable": differentiable,
             "fused": fused,
             "decoupled_weight_decay": decoupled_weight_decay,
+            "weight_decay_form": weight_decay_form,
+            "max_lr": max_lr,
         }
         super().__init__(params, defaults, **common)
 
@@ -118,25 +149,26 @@ class Adam(FusedOptimizer):
 
     @staticmethod
     def scalars(hyper: Scalars, scalar_states: Scalars) -> tuple[Scalars, Scalars]:
-        lr, beta1, beta2, eps, weight_decay, maximize, decoupled = hyper
+        lr, beta1, beta2, eps, weight_decay, maximize, decoupled, form, max_lr = hyper
         step = scalar_states[0] + 1
         sign = -1.0 if maximize else 1.0
         l2 = 0.0 if decoupled else weight_decay
-        decay = 1 - lr * weight_decay if decoupled else 1.0
+        decay, opposed = factors(lr, weight_decay if decoupled else 0.0, form, max_lr)
         step_size = lr / (1 - beta1**step)
         bias_correction2_sqrt = (1 - beta2**step) ** 0.5
-        return (sign, l2, decay, 1 - beta1, beta2, 1 - beta2, eps, step_size, bias_correction2_sqrt), (step,)
+        scalars = (sign, l2, decay, opposed, 1 - beta1, beta2, 1 - beta2, eps, step_size, bias_correction2_sqrt)
+        return scalars, (step,)
 
     @staticmethod
     def reference(param: Tensor, grad: Tensor, states: States, scalars: Scalars) -> None:
-        sign, l2, decay, one_minus_beta1, beta2, one_minus_beta2, eps, step_size, bias_correction2_sqrt = scalars
+        (
+            sign, l2, decay, opposed, one_minus_beta1, beta2, one_minus_beta2, eps, step_size, bias_correction2_sqrt,
+        ) = scalars  # fmt: skip
         exp_avg, exp_avg_sq, max_exp_avg_sq = states
         if sign < 0:
             grad = -grad
         if l2 != 0:
             grad = grad.add(param, alpha=l2)
-        if decay != 1:
-            param.mul_(decay)
         exp_avg.lerp_(grad, one_minus_beta1)
         exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=one_minus_beta2)
         if max_exp_avg_sq is not None:
@@ -144,6 +176,7 @@ class Adam(FusedOptimizer):
             denom = max_exp_avg_sq.sqrt().div_(bias_correction2_sqrt).add_(eps)
         else:
             denom = exp_avg_sq.sqrt().div_(bias_correction2_sqrt).add_(eps)
+        decay_(param, exp_avg, decay, opposed)
         param.addcdiv_(exp_avg, denom, value=-step_size)
 
 
@@ -170,6 +203,8 @@ class AdamW(Adam):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        weight_decay_form: str = "standard",
+        max_lr: float | Tensor | None = None,
         **common: Unpack[CommonOptions],
     ) -> None:
         super().__init__(
@@ -185,6 +220,8 @@ class AdamW(Adam):
             differentiable=differentiable,
             fused=fused,
             decoupled_weight_decay=True,
+            weight_decay_form=weight_decay_form,
+            max_lr=max_lr,
             **common,
         )
 

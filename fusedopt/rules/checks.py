@@ -20,6 +20,11 @@ def check_not_negative(**values: float | Tensor) -> None:
             raise ValueError(f"Invalid {name} value: {value}")
 
 
+def lies_on_device(number: float | Tensor) -> bool:
+    """Whether a number is a tensor that the host would wait for."""
+    return isinstance(number, Tensor) and number.device.type != "cpu"
+
+
 def check_betas(betas: Sequence[float | Tensor]) -> None:
     """Raise unless there are two betas in [0, 1)."""
     if len(betas) != 2:

@@ -10,6 +10,7 @@ from ..optimizer import FusedOptimizer
 from ..options import CommonOptions
 from ..protocol import Scalars, States
 from .checks import check_betas, check_lr, check_not_negative
+from .decay import CHOICES, OPTIONAL, decay_, factors, settle
 
 
 class Lion(FusedOptimizer):
@@ -35,6 +36,7 @@ class Lion(FusedOptimizer):
         capturable: whether the step may be captured in a CUDA graph.
         differentiable: must be false.
         fused: False is ``backend="eager"``; None and True leave the choice to `backend`.
+        weight_decay_form, max_lr: how much a decoupled decay takes in a step, as for `Adam`.
         **common: what every optimizer takes, ``backend`` and those for low precision: see `FusedOptimizer`.
 
     State:
@@ -45,8 +47,11 @@ class Lion(FusedOptimizer):
     """
 
     kernel = "lion"
-    hyperparameters = ("lr", "betas", "weight_decay", "maximize")
+    hyperparameters = ("lr", "betas", "weight_decay", "maximize", "weight_decay_form", "max_lr")
     options = ("fused",)
+    optional = OPTIONAL
+    choices = CHOICES
+    settle_group = staticmethod(settle)
     states = ("exp_avg",)
 
     def __init__(
@@ -61,6 +66,8 @@ class Lion(FusedOptimizer):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        weight_decay_form: str = "standard",
+        max_lr: float | Tensor | None = None,
         **common: Unpack[CommonOptions],
     ) -> None:
         check_lr(lr)
@@ -75,22 +82,25 @@ class Lion(FusedOptimizer):
             "capturable": capturable,
             "differentiable": differentiable,
             "fused": fused,
+            "weight_decay_form": weight_decay_form,
+            "max_lr": max_lr,
         }
         super().__init__(params, defaults, **common)
 
     @staticmethod
     def scalars(hyper: Scalars, scalar_states: Scalars) -> tuple[Scalars, Scalars]:
-        lr, beta1, beta2, weight_decay, maximize = hyper
+        lr, beta1, beta2, weight_decay, maximize, form, max_lr = hyper
         sign = -1.0 if maximize else 1.0
-        decay = 1 - lr * weight_decay
-        return (sign, decay, beta1, 1 - beta1, beta2, 1 - beta2, lr), ()
+        decay, opposed = factors(lr, weight_decay, form, max_lr)
+        return (sign, decay, opposed, beta1, 1 - beta1, beta2, 1 - beta2, lr), ()
 
     @staticmethod
     def reference(param: Tensor, grad: Tensor, states: States, scalars: Scalars) -> None:
-        sign, decay, beta1, one_minus_beta1, beta2, one_minus_beta2, lr = scalars
+        sign, decay, opposed, beta1, one_minus_beta1, beta2, one_minus_beta2, lr = scalars
         (exp_avg,) = states
         if sign < 0:
             grad = -grad
         direction = exp_avg.mul(beta1).add_(grad, alpha=one_minus_beta1).sign_()
-        param.mul_(decay).add_(direction, alpha=-lr)
+        decay_(param, direction, decay, opposed)
+        param.add_(direction, alpha=-lr)
         exp_avg.mul_(beta2).add_(grad, alpha=one_minus_beta2)

@@ -12,6 +12,7 @@ from ..optimizer import FusedOptimizer
 from ..options import CommonOptions
 from ..protocol import Group, Scalars, States
 from .checks import check_betas, check_lr, check_not_negative
+from .decay import CHOICES, OPTIONAL, decay_, factors, settle
 
 
 class NAdam(FusedOptimizer):
@@ -42,6 +43,7 @@ class NAdam(FusedOptimizer):
         maximize: negate the gradient first.
         capturable: whether the step may be captured in a CUDA graph.
         differentiable: must be false.
+        weight_decay_form, max_lr: how much a decoupled decay takes in a step, as for `Adam`.
         **common: what every optimizer takes, ``backend`` and those for low precision: see `FusedOptimizer`.
 
     State:
@@ -61,7 +63,12 @@ class NAdam(FusedOptimizer):
         "momentum_decay",
         "maximize",
         "decoupled_weight_decay",
+        "weight_decay_form",
+        "max_lr",
     )
+    optional = OPTIONAL
+    choices = CHOICES
+    settle_group = staticmethod(settle)
     scalar_states = ("step", "mu_product")
     states = ("exp_avg", "exp_avg_sq")
     always = ("step", "mu_product", "exp_avg", "exp_avg_sq")
@@ -81,6 +88,8 @@ class NAdam(FusedOptimizer):
         maximize: bool = False,
         capturable: bool = False,
         differentiable: bool = False,
+        weight_decay_form: str = "standard",
+        max_lr: float | Tensor | None = None,
         **common: Unpack[CommonOptions],
     ) -> None:
         check_lr(lr)
@@ -98,6 +107,8 @@ class NAdam(FusedOptimizer):
             "foreach": foreach,
             "capturable": capturable,
             "differentiable": differentiable,
+            "weight_decay_form": weight_decay_form,
+            "max_lr": max_lr,
         }
         super().__init__(params, defaults, **common)
 
@@ -108,32 +119,34 @@ class NAdam(FusedOptimizer):
 
     @staticmethod
     def scalars(hyper: Scalars, scalar_states: Scalars) -> tuple[Scalars, Scalars]:
-        lr, beta1, beta2, eps, weight_decay, momentum_decay, maximize, decoupled = hyper
+        lr, beta1, beta2, eps, weight_decay, momentum_decay, maximize, decoupled, form, max_lr = hyper
         step = scalar_states[0] + 1
         sign = -1.0 if maximize else 1.0
         l2 = 0.0 if decoupled else weight_decay
-        decay = 1 - lr * weight_decay if decoupled else 1.0
+        decay, opposed = factors(lr, weight_decay if decoupled else 0.0, form, max_lr)
         mu = beta1 * (1 - 0.5 * 0.96 ** (step * momentum_decay))
         mu_next = beta1 * (1 - 0.5 * 0.96 ** ((step + 1) * momentum_decay))
         mu_product = scalar_states[1] * mu
         grad_size = lr * (1 - mu) / (1 - mu_product)
         step_size = lr * mu_next / (1 - mu_product * mu_next)
         bias_correction2 = 1 - beta2**step
-        scalars = (sign, l2, decay, 1 - beta1, beta2, 1 - beta2, eps, grad_size, step_size, bias_correction2)
+        scalars = (sign, l2, decay, opposed, 1 - beta1, beta2, 1 - beta2, eps, grad_size, step_size, bias_correction2)
         return scalars, (step, mu_product)
 
     @staticmethod
     def reference(param: Tensor, grad: Tensor, states: States, scalars: Scalars) -> None:
-        sign, l2, decay, one_minus_beta1, beta2, one_minus_beta2, eps, grad_size, step_size, bias_correction2 = scalars
+        (
+            sign, l2, decay, opposed, one_minus_beta1, beta2, one_minus_beta2, eps, grad_size, step_size,
+            bias_correction2,
+        ) = scalars  # fmt: skip
         exp_avg, exp_avg_sq = states
         if sign < 0:
             grad = -grad
         if l2 != 0:
             grad = grad.add(param, alpha=l2)
-        if decay != 1:
-            param.mul_(decay)
         exp_avg.lerp_(grad, one_minus_beta1)
         exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=one_minus_beta2)
         denom = exp_avg_sq.div(bias_correction2).sqrt_().add_(eps)
-        param.addcdiv_(grad, denom, value=-grad_size)
-        param.addcdiv_(exp_avg, denom, value=-step_size)
+        direction = grad.mul(grad_size).add_(exp_avg, alpha=step_size)
+        decay_(param, direction, decay, opposed)
+        param.addcdiv_(direction, denom, value=-1)

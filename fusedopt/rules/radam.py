@@ -10,6 +10,7 @@ from ..optimizer import FusedOptimizer
 from ..options import CommonOptions
 from ..protocol import Scalars, States
 from .checks import check_betas, check_lr, check_not_negative
+from .decay import CHOICES, OPTIONAL, decay_, factors, settle
 
 
 class RAdam(FusedOptimizer):
@@ -41,6 +42,7 @@ class RAdam(FusedOptimizer):
         maximize: negate the gradient first.
         capturable: whether the step may be captured in a CUDA graph.
         differentiable: must be false.
+        weight_decay_form, max_lr: how much a decoupled decay takes in a step, as for `Adam`.
         **common: what every optimizer takes, ``backend`` and those for low precision: see `FusedOptimizer`.
 
     State:
@@ -52,7 +54,19 @@ class RAdam(FusedOptimizer):
     """
 
     kernel = "radam"
-    hyperparameters = ("lr", "betas", "eps", "weight_decay", "maximize", "decoupled_weight_decay")
+    hyperparameters = (
+        "lr",
+        "betas",
+        "eps",
+        "weight_decay",
+        "maximize",
+        "decoupled_weight_decay",
+        "weight_decay_form",
+        "max_lr",
+    )
+    optional = OPTIONAL
+    choices = CHOICES
+    settle_group = staticmethod(settle)
     scalar_states = ("step",)
     states = ("exp_avg", "exp_avg_sq")
     always = ("step", "exp_avg", "exp_avg_sq")
@@ -71,6 +85,8 @@ class RAdam(FusedOptimizer):
         maximize: bool = False,
         capturable: bool = False,
         differentiable: bool = False,
+        weight_decay_form: str = "standard",
+        max_lr: float | Tensor | None = None,
         **common: Unpack[CommonOptions],
     ) -> None:
         check_lr(lr)
@@ -87,16 +103,18 @@ class RAdam(FusedOptimizer):
             "capturable": capturable,
             "decoupled_weight_decay": decoupled_weight_decay,
             "differentiable": differentiable,
+            "weight_decay_form": weight_decay_form,
+            "max_lr": max_lr,
         }
         super().__init__(params, defaults, **common)
 
     @staticmethod
     def scalars(hyper: Scalars, scalar_states: Scalars) -> tuple[Scalars, Scalars]:
-        lr, beta1, beta2, eps, weight_decay, maximize, decoupled = hyper
+        lr, beta1, beta2, eps, weight_decay, maximize, decoupled, form, max_lr = hyper
         step = scalar_states[0] + 1
         sign = -1.0 if maximize else 1.0
         l2 = 0.0 if decoupled else weight_decay
-        decay = 1 - lr * weight_decay if decoupled else 1.0
+        decay, opposed = factors(lr, weight_decay if decoupled else 0.0, form, max_lr)
         step_size = lr / (1 - beta1**step)
         beta2_power = beta2**step
         rho_inf = 2 / (1 - beta2) - 1
@@ -105,20 +123,19 @@ class RAdam(FusedOptimizer):
         if rho > 5:
             rectification = ((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)) ** 0.5
             adaptive_size = rectification * (1 - beta2_power) ** 0.5
-        return (sign, l2, decay, 1 - beta1, beta2, 1 - beta2, eps, step_size, adaptive_size), (step,)
+        return (sign, l2, decay, opposed, 1 - beta1, beta2, 1 - beta2, eps, step_size, adaptive_size), (step,)
 
     @staticmethod
     def reference(param: Tensor, grad: Tensor, states: States, scalars: Scalars) -> None:
-        sign, l2, decay, one_minus_beta1, beta2, one_minus_beta2, eps, step_size, adaptive_size = scalars
+        sign, l2, decay, opposed, one_minus_beta1, beta2, one_minus_beta2, eps, step_size, adaptive_size = scalars
         exp_avg, exp_avg_sq = states
         if sign < 0:
             grad = -grad
         if l2 != 0:
             grad = grad.add(param, alpha=l2)
-        if decay != 1:
-            param.mul_(decay)
         exp_avg.lerp_(grad, one_minus_beta1)
         exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=one_minus_beta2)
+        decay_(param, exp_avg, decay, opposed)
         if adaptive_size != 0:
             param.addcdiv_(exp_avg, exp_avg_sq.sqrt().add_(eps), value=-step_size * adaptive_size)
         else:

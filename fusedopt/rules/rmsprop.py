@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 from ..optimizer import FusedOptimizer
 from ..options import CommonOptions
 from ..protocol import Group, Scalars, States
-from .checks import check_lr, check_not_negative
+from .checks import check_lr, check_not_negative, lies_on_device
 
 
 class RMSprop(FusedOptimizer):
@@ -102,7 +102,7 @@ class RMSprop(FusedOptimizer):
 
     def uses(self, name: str, group: Group) -> bool:
         if name == "momentum_buffer":
-            return group["momentum"] > 0
+            return lies_on_device(group["momentum"]) or group["momentum"] > 0
         return name != "grad_avg" or group["centered"]
 
     def is_exact(self, name: str, group: Group) -> bool:

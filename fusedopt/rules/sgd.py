@@ -14,6 +14,7 @@ from ..options import CommonOptions
 from ..protocol import Group, Scalars, States
 from ..step.coding import new_state
 from ..storage.precision import state_dtype
+from .checks import lies_on_device
 
 
 class SGD(FusedOptimizer):
@@ -106,10 +107,11 @@ class SGD(FusedOptimizer):
         super().__init__(params, defaults, **common)
 
     def uses(self, name: str, group: Group) -> bool:
+        momentum, dampening = (lies_on_device(group[key]) or group[key] != 0 for key in ("momentum", "dampening"))
         if name == "momentum_begun":  # dampening tells the first step from the others, and state_dict() does
-            told_apart = self._stepper.may_skip or group["dampening"] != 0
-            return group["momentum"] != 0 and told_apart and not group.get("zero_init_momentum")
-        return group["momentum"] != 0
+            told_apart = self._stepper.may_skip or dampening
+            return momentum and told_apart and not group.get("zero_init_momentum")
+        return momentum
 
     def init_state(self, param: Tensor, state: dict[str, Any], group: Group) -> None:
         if state.get("momentum_buffer") is None and self.uses("momentum_buffer", group):

@@ -24,16 +24,17 @@ class Gate:
         n &= \frac{1}{s} \sqrt{\sum g^2} \\
         \text{factor} &= \frac{1}{s} \min\left(1, \frac{\text{max_grad_norm}}{n + 10^{-6}}\right)
 
-    with the `grad_scale` :math:`s`. The step is skipped where `found_inf` is not 0, or where a gradient is not finite
-    and `skip_nonfinite` is set. The sums are those of all parameters, on all devices, in float64, in which no fp32
-    gradient overflows. Kernels decide on the device (`kernels/gate.py`, the twin of this), the reference on the host.
+    with the `grad_scale` :math:`s`. The step is skipped where `found_inf` is not 0, where a gradient is not finite and
+    `skip_nonfinite` or `skip_grad_norm` is set, or where :math:`n > \text{skip_grad_norm}`. The sums are those of all
+    parameters, on all devices, in float64, in which no fp32 gradient overflows. Kernels decide on the device
+    (`kernels/gate.py`, the twin of this), the reference on the host.
     """
 
     def __init__(self, hyper: Hyper, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
         self.grad_scale = grad_scale
         self.found_inf = found_inf
-        self.max_grad_norm = None if hyper.max_grad_norm is None else float(hyper.max_grad_norm)
-        self.skip_nonfinite = hyper.skip_nonfinite
+        self._limits = hyper.limits
+        self._skips = hyper.may_skip  # by itself
         self.reads_gradients = hyper.reads_gradients  # to decide
         self.skipped_steps: Tensor | None = None  # counts, on the device of the first of those who decide
         self.rounding_step: Tensor | None = None  # counts the steps of stochastic rounding, if any group asks for it
@@ -50,7 +51,7 @@ class Gate:
     @property
     def may_skip(self) -> bool:
         """Whether the step may be skipped."""
-        return self.found_inf is not None or self.skip_nonfinite
+        return self.found_inf is not None or self._skips
 
     @property
     def is_open(self) -> bool:
@@ -61,10 +62,6 @@ class Gate:
     def needs_ranks(self) -> bool:
         """Whether the ranks that share a model must agree on something."""
         return self.reads_gradients or self.found_inf is not None
-
-    def numbers(self) -> tuple[float, float]:
-        """What the kernels know of the options."""
-        return -1.0 if self.max_grad_norm is None else self.max_grad_norm, float(self.skip_nonfinite)
 
     def add(self, partials: Tensor, part: int = 0) -> None:
         """Add sums of squares, and whether something was not finite, of gradients of one part of `Ranks`."""
@@ -80,7 +77,7 @@ class Gate:
         for name, part, grad in grads:
             if not (has_own_memory(type(grad)) or is_simulated(grad)):
                 raise RuntimeError(
-                    f"max_grad_norm and skip_nonfinite do not know the whole gradient of {name}: "
+                    f"max_grad_norm, skip_nonfinite and skip_grad_norm do not know the whole gradient of {name}: "
                     f"it is a {type(grad).__name__}"
                 )
             together.setdefault((part, grad.device), []).append(grad)
@@ -132,9 +129,10 @@ class Gate:
             self.grad_norm = grad_norm if self.grad_norm is None else self.grad_norm
             if self.is_dry:
                 return False, 1.0, 1.0
-            skip = skip or (self.skip_nonfinite and bool(not_finite != 0))
-            if self.max_grad_norm is not None:
-                clip = float((self.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0))
+            max_grad_norm, skip_nonfinite, skip_grad_norm = map(float, self._limits)
+            skip = skip or (skip_nonfinite != 0 and bool(not_finite != 0)) or bool(grad_norm > skip_grad_norm)
+            if not max_grad_norm < 0:
+                clip = float((max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0))
         counter = self.take_counter()
         if counter is not None and skip:
             counter.add_(1)

@@ -1,5 +1,6 @@
 """The hyperparameters of every group as float64 numbers, re-read at each step."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate, chain, compress
 from operator import is_, is_not, itemgetter
@@ -9,25 +10,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..options import KEYS, check_group, is_number, option, optional_keys
+from ..options import KEYS, PREFIX, SHARED, check_group, is_number, optional_keys
 from ..protocol import Group, OptimizerLike
 
 Number = float | Tensor
+_NO_LIMITS = (-1.0, 0.0, math.inf)
+N_LIMITS = len(_NO_LIMITS)
+_UNKNOWN = object()
 
 
 class Hyper:
     """One row of numbers a group, in the order of the class's `hyperparameters`; pairs such as `betas` take two places.
 
     The last number of a row is the `ema_decay`, 0 where there is no average. What is one for all groups stands beside
-    the rows. A number may be a one-element tensor. Only its identity is compared, never its value, which may be on a
-    device. The `options` have no place in a row, but a change of one counts as a change. What is `optional` a group may
-    lack.
+    the rows, in `limits`: `max_grad_norm`, negative where there is none; whether a step is skipped where a gradient is
+    not finite; `skip_grad_norm`, infinite where there is none. A number may be a one-element tensor. Only its identity
+    is compared, never its value, which may be on a device. The `options` have no place in a row, but a change of one
+    counts as a change. What is `optional` a group may lack.
     """
 
     def __init__(self, optimizer: OptimizerLike) -> None:
         names, optional = optimizer.hyperparameters, optional_keys(optimizer)
         defaults = {**optimizer.defaults, **optional}
         self._defaults = {name: defaults[name] for name in names}
+        self._choices = optimizer.choices
+        self._settle = optimizer.settle_group
         self._sequences = {name: places for name, value in self._defaults.items() if (places := places_of(value))}
         self._required = tuple(name for name in (*names, *optimizer.options) if name not in optional)
         self._optional = tuple(optional)
@@ -43,9 +50,9 @@ class Hyper:
         self._values: list[Any] = []
         self._volatile: list[int] = []  # which of them may change within themselves
         self.rows: list[list[Number]] = []
+        self._options: dict[tuple[int, str], Any] = {}  # by group and key what is no hyperparameter
+        self.limits: tuple[Number, float, Number] = _NO_LIMITS
         self.on_device = False  # whether a number is a tensor on a device
-        self.max_grad_norm: float | None = None
-        self.skip_nonfinite = False
         self.version = 0  # grows when a number may have changed
 
     @property
@@ -56,7 +63,12 @@ class Hyper:
     @property
     def reads_gradients(self) -> bool:
         """Whether a step takes the gradients of all parameters to decide."""
-        return self.max_grad_norm is not None or self.skip_nonfinite
+        return self.limits is not _NO_LIMITS
+
+    @property
+    def may_skip(self) -> bool:
+        """Whether a step may skip itself."""
+        return self.limits[1] != 0
 
     def refresh(self, groups: Sequence[Group]) -> set[str]:
         """Read the groups again; the keys whose values may have changed since the last call."""
@@ -88,6 +100,7 @@ class Hyper:
         self._places = [(index, name) for index, of_group in enumerate(names) for name in of_group]
         self._values = self._read(groups)
         self.rows = [[0.0] * (self.count + 1) for _ in groups]
+        self._options = {}
         new = [
             (index, name, group.get(name, self._defaults.get(name)))
             for index, group in enumerate(groups)
@@ -103,12 +116,12 @@ class Hyper:
 
     def _take(self, groups: Sequence[Group], new: Sequence[tuple[int, str, Any]]) -> set[str]:
         """Put new values, each with its group and name, into their places; the names of those that are different."""
-        names = {name for _, name, _ in new}
-        if not names.isdisjoint(self._optional):
-            for index in range(len(groups)):
+        if any(isinstance(value, (bool, str)) or name in self._optional for _, name, value in new):
+            for index, group in enumerate(groups):
                 check_group(groups, index)
-            self.max_grad_norm = option(groups[0], "max_grad_norm") if groups else None
-            self.skip_nonfinite = bool(groups and option(groups[0], "skip_nonfinite"))
+                self._settle(group, index)
+            if list(map(len, groups)) != self._sizes:
+                return self._begin(groups, list(map(len, groups)))
         changed = set()
         only_floats = True
         for index, name, value in new:
@@ -123,17 +136,18 @@ class Hyper:
                     changed.add(name)
         if self._volatile or not only_floats:
             self._volatile = [i for i, value in enumerate(self._values) if not _immutable(value)]
-            self.on_device = any(isinstance(number, Tensor) for number in flat(self.rows))
+            self.limits = self._read_limits()
+            self.on_device = any(isinstance(number, Tensor) for number in chain(flat(self.rows), self.limits))
         self.version += bool(changed)
         return changed
 
     def _put(self, index: int, name: str, value: Any) -> bool:
         """Whether a value that matters is another one than before."""
-        row = self.rows[index]
-        if name == KEYS["ema_decay"]:
-            row[-1] = float(value or 0.0)
         if name not in self._ends:
-            return name in self._matter
+            return self._put_option(index, name, value)
+        row = self.rows[index]
+        if name in self._choices:
+            value = place_of_choice(self._choices[name], value, name, index)
         if value is None and isinstance(self._defaults[name], (bool, type(None))):  # a flag that is not set
             value = False
         places = self._sequences.get(name, 0)
@@ -146,6 +160,37 @@ class Hyper:
             return False
         row[place] = numbers
         return True
+
+    def _put_option(self, index: int, name: str, value: Any) -> bool:
+        """The same for what is no hyperparameter."""
+        if isinstance(value, Tensor):
+            value = _number(value, name.removeprefix(PREFIX), index)
+        elif isinstance(value, np.generic):
+            value = value.item()
+        if name == KEYS["ema_decay"]:
+            self.rows[index][-1] = value if isinstance(value, Tensor) else float(value or 0.0)
+        is_known = isinstance(value, Tensor) or _immutable(value)
+        is_same = is_known and _same_number(value, self._options.get((index, name), _UNKNOWN))
+        self._options[index, name] = value if is_known else _UNKNOWN
+        return name in self._matter and not is_same
+
+    def _read_limits(self) -> tuple[Number, float, Number]:
+        """What is one for all groups: the first has it."""
+        max_grad_norm, skip_nonfinite, skip_grad_norm = (self._options.get((0, KEYS[name])) for name in SHARED)
+        if max_grad_norm is None and skip_grad_norm is None and not skip_nonfinite:
+            return _NO_LIMITS
+        return (
+            -1.0 if max_grad_norm is None else max_grad_norm,
+            float(bool(skip_nonfinite) or skip_grad_norm is not None),
+            math.inf if skip_grad_norm is None else skip_grad_norm,
+        )
+
+
+def place_of_choice(names: Sequence[str], value: Any, name: str, index: int) -> int:
+    """The place of a name among those that a hyperparameter may have."""
+    if value not in names:
+        raise ValueError(f"Invalid {name} of group {index}: {value!r}, choose one of {', '.join(map(repr, names))}")
+    return names.index(value)
 
 
 def flat(rows: Iterable[Iterable[Any]]) -> Iterator[Any]:

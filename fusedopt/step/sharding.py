@@ -33,9 +33,9 @@ def check_whole(params: Sequence[Tensor], name_of: Callable[[int], str]) -> None
     for index, param in enumerate(params):
         if is_flattened(param):
             raise ValueError(
-                f"max_grad_norm and skip_nonfinite are about whole gradients, but {name_of(index)} is what this rank "
-                "holds of a parameter of FullyShardedDataParallel: clip with model.clip_grad_norm_, or use "
-                "torch.distributed.fsdp.fully_shard"
+                f"max_grad_norm, skip_nonfinite and skip_grad_norm are about whole gradients, but {name_of(index)} is "
+                "what this rank holds of a parameter of FullyShardedDataParallel: clip with model.clip_grad_norm_, or "
+                "use torch.distributed.fsdp.fully_shard"
             )
 
 

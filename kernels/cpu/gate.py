@@ -39,8 +39,9 @@ def sum_squares(args, program, GRAD, CHUNK_SIZE):
     store(partials_ptr, 2 * program + 1, where(is_finite, 0.0, 1.0), "float64")
 
 
-def decide(limits_ptr, grad_scale_ptr, found_inf_ptr, partials_ptr, n_partials):
+def decide(limits, grad_scale_ptr, found_inf_ptr, partials_ptr, n_partials):
     """(1 / grad_scale, that and clipping, whether the step is skipped, the norm of the gradients)."""
+    max_grad_norm, skip_nonfinite, skip_grad_norm = limits
     squares = not_finite = 0.0
     for i in range(n_partials):
         squares += load(partials_ptr, 2 * i, "float64")
@@ -48,9 +49,8 @@ def decide(limits_ptr, grad_scale_ptr, found_inf_ptr, partials_ptr, n_partials):
 
     unscale = 1 / np.float64(load(grad_scale_ptr, 0, "float32"))
     grad_norm = np.sqrt(squares) * unscale
-    max_grad_norm = load(limits_ptr, 0, "float64")
     clip = max_grad_norm / (grad_norm + 1e-6)
     clip = where((max_grad_norm < 0) | (clip > 1), 1.0, clip)
-    skip_nonfinite = load(limits_ptr, 1, "float64") != 0
-    skip = (load(found_inf_ptr, 0, "float32") != 0) | (skip_nonfinite & (not_finite != 0))
+    skip = (load(found_inf_ptr, 0, "float32") != 0) | ((skip_nonfinite != 0) & (not_finite != 0))
+    skip |= grad_norm > skip_grad_norm
     return unscale, unscale * clip, skip, grad_norm

@@ -34,12 +34,16 @@ def store_number(address, value):
 def prepare(args, program, SCALARS, N_HYPER, N_SCALAR_STATES, N_SCALARS, HYPER_TENSORS, COMPUTE, BLOCK_SIZE):
     """Advance the per-tensor states and compute each tensor's scalars, in float64."""
     (
-        groups_ptr, grads_ptr, scalar_states_ptr, hyper_ptr, hyper_tensors_ptr, limits_ptr, scalars_ptr, control_ptr,
-        n_tensors,
+        groups_ptr, grads_ptr, scalar_states_ptr, hyper_ptr, hyper_tensors_ptr, limits_ptr, limit_tensors_ptr,
+        scalars_ptr, control_ptr, n_tensors,
         grad_scale_ptr, found_inf_ptr, partials_ptr, grad_norm_ptr, skipped_steps_ptr, rounding_step_ptr, n_partials,
         rounding_advance,
-    ) = arguments(args, 17)  # fmt: skip
-    unscale, factor, skip, grad_norm = decide(limits_ptr, grad_scale_ptr, found_inf_ptr, partials_ptr, n_partials)
+    ) = arguments(args, 18)  # fmt: skip
+    limits = ()
+    for i in static_range(3):
+        limit = load(limits_ptr, i, "float64")
+        limits += (load_number(load(limit_tensors_ptr, i, "int64"), limit) if HYPER_TENSORS else limit,)
+    unscale, factor, skip, grad_norm = decide(limits, grad_scale_ptr, found_inf_ptr, partials_ptr, n_partials)
     if program == 0:
         store(control_ptr, 0, factor, "float64")
         store(control_ptr, 1, np.float64(skip), "float64")

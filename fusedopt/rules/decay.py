@@ -1,0 +1,77 @@
+r"""Decoupled weight decay, in every form. The kernels' twin is kernels/rules/decay.py.
+
+A step takes the share :math:`d` of the parameter away beside its update :math:`u`, where :math:`\eta` is the learning
+rate and :math:`\eta_{max}` the largest of its schedule:
+
+.. math::
+    \theta \leftarrow \theta - d\,\theta - \eta u, \qquad
+    d = \begin{cases}
+        \eta\lambda & \text{standard} \\
+        (\eta / \eta_{max})\,\lambda & \text{fully decoupled} \\
+        (\eta / \eta_{max})\,\eta\lambda & \text{corrected}
+    \end{cases}
+
+A cautious form takes it where :math:`u\theta \ge 0` only.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..protocol import Group
+from .checks import lies_on_device
+
+COUPLINGS = ("standard", "fully_decoupled", "corrected")
+# `factors` gets the place of the name. Where the decay is cautious, it is as many places further.
+FORMS = (*COUPLINGS, "cautious", "cautious_fully_decoupled", "cautious_corrected")
+OPTIONAL: Group = {"weight_decay_form": "standard", "max_lr": None}
+CHOICES: dict[str, tuple[str, ...]] = {"weight_decay_form": FORMS}
+
+
+def factors(lr: float, weight_decay: float, form: float, max_lr: float) -> tuple[float, float]:
+    """For elements whose sign is not the opposite of the update's, and for those whose sign is."""
+    cautious, coupling = divmod(int(form), len(COUPLINGS))
+    if coupling == 0:
+        rate = lr
+    else:
+        relative_lr = lr / max_lr
+        rate = relative_lr if coupling == 1 else lr * relative_lr
+    decay = 1 - rate * weight_decay
+    return decay, 1.0 if cautious else decay
+
+
+def decay_(param: Tensor, update: Tensor, decay: float, opposed: float) -> None:
+    """Decay the parameter; `update` has the sign of what is about to be subtracted."""
+    if decay != opposed:
+        param.copy_(torch.where(update * param < 0, opposed * param, decay * param))
+    elif decay != 1:
+        param.mul_(decay)
+
+
+def settle(group: Group, index: int) -> None:
+    """Give a group the `max_lr` that its form of decay asks for, unless it has one: the `lr` that it begins with.
+
+    Raises:
+        ValueError: the decay of the group is not decoupled; there is no `max_lr` above 0.
+    """
+    form = group.get("weight_decay_form", "standard")
+    if form != "standard" and not group.get("decoupled_weight_decay", True):
+        raise ValueError(
+            f"weight_decay_form={form!r} of group {index} is a form of decoupled decay: set decoupled_weight_decay=True"
+        )
+    if form in ("standard", "cautious"):
+        return
+    max_lr: Any = group.get("max_lr")
+    if max_lr is None:
+        lr = group.get("initial_lr", group["lr"])
+        max_lr = lr.detach().clone() if isinstance(lr, Tensor) else lr
+    if not lies_on_device(max_lr) and not 0 < max_lr < math.inf:
+        raise ValueError(
+            f"Invalid max_lr of group {index}: {max_lr}, it must be positive. It is the largest lr of the schedule, "
+            "and that with which the group begins unless you set it"
+        )
+    group["max_lr"] = max_lr
