@@ -363,6 +363,21 @@ class Actions:
             self.skipped_step()
             del self.ours.found_inf
 
+    def too_long(self, draw):
+        """Skipped for the norm of its gradients, unless that would create states which the twin lacks."""
+        norm = self.norm()
+        begun = all(self.theirs.state.get(q) for p, q in self.pairs if p.grad is not None)
+        if norm > 0 and (self.case.optimizer == "SGD" or begun):
+            self.set_option("skip_grad_norm", draw(st.sampled_from([0.0, norm / 2, torch.tensor(norm / 2)])))
+            self.skipped_step()
+        self.set_option("skip_grad_norm", draw(st.sampled_from([None, 1e9])))
+
+    def decayed_in_another_form(self, draw):
+        group, _ = choose(draw, self.groups)
+        if "weight_decay_form" in self.ours.optional and group.get("decoupled_weight_decay", True):
+            group["weight_decay_form"] = draw(st.sampled_from(["standard", "fully_decoupled", "corrected"]))
+            group["max_lr"] = draw(st.sampled_from([None, 0.1, 0.4]))
+
     def evaluated_with_averages(self, draw):
         before = snapshot(self.ours)
         if any(group.get(KEYS["ema_decay"]) is not None for group, _ in self.groups):
@@ -395,7 +410,7 @@ class Actions:
         self.theirs.load_state_dict(copy.deepcopy(fusedopt.full_state_dict(self.ours)))
         for group in self.theirs.param_groups:
             group["foreach"] = False
-            for key in (*KEYS.values(), *COUNTERS):
+            for key in (*KEYS.values(), *COUNTERS, *self.ours.optional):
                 group.pop(key, None)
         for name in ADDED:
             self.drop_of(self.theirs, name)

@@ -7,6 +7,7 @@ More examples, other ones each time:
 
 import os
 from collections import defaultdict
+from contextlib import contextmanager
 from unittest.mock import patch
 
 import pytest
@@ -131,10 +132,26 @@ class Twins(Actions):
         factor = 1 / (getattr(self.ours, "grad_scale", None) or 1.0)
         max_grad_norm = self.ours.param_groups[0].get(KEYS["max_grad_norm"])
         if max_grad_norm is not None:
-            squares = sum(grad.to(torch.complex128).abs().square().sum() for grad in self.grads if grad is not None)
-            factor *= min(1.0, max_grad_norm / (factor * float(squares) ** 0.5 + 1e-6))
+            factor *= min(1.0, max_grad_norm / (factor * self.norm() + 1e-6))
         for (_, q), grad in zip(self.pairs, self.grads, strict=True):
             q.grad = None if grad is None else grad.to(q.dtype) * factor
+
+    def norm(self):
+        """Of all gradients together, in float64."""
+        grads = [lay(p.grad).to(torch.complex128) for p, _ in self.pairs if p.grad is not None]
+        return float(sum(grad.abs().square().sum() for grad in grads)) ** 0.5
+
+    @contextmanager
+    def twin_decay(self):
+        """In place of a form of weight decay that torch lacks, as much of the one that it has."""
+        kept = [true.get("weight_decay") for _, true in self.groups]
+        for mine, true in self.groups:
+            form = mine.get("weight_decay_form", "standard")
+            if form != "standard":
+                true["weight_decay"] *= (1 if form == "fully_decoupled" else float(mine["lr"])) / float(mine["max_lr"])
+        yield
+        for (_, true), weight_decay in zip(self.groups, kept, strict=True):
+            true.update({} if weight_decay is None else {"weight_decay": weight_decay})
 
     def value_of(self, p):
         """What a parameter stands for: of 16 bits, also what its rounding lost, as long as nobody has written it."""
@@ -194,7 +211,8 @@ class Twins(Actions):
         assert self.ours.step(closure) == (closure and 1.5)
         self.fill_in()
         before = [{k: v.detach().clone() for k, v in {"": q, **self.theirs.state.get(q, {})}.items()} for _, q in pairs]
-        self.theirs.step()
+        with self.twin_decay():
+            self.theirs.step()
 
         self.forget_replaced()
         mine, true = (
