@@ -184,7 +184,13 @@ BAD = [
     ("max_grad_norm", NAN, ValueError, "Invalid max_grad_norm of group 0: nan"),
     ("max_grad_norm", True, TypeError, "max_grad_norm of group 0 must be a number or None"),
     ("max_grad_norm", "1", TypeError, "max_grad_norm of group 0 must be a number or None, but it is '1'"),
-    ("max_grad_norm", torch.tensor(1.0), TypeError, "max_grad_norm of group 0 must be a number or None"),
+    ("max_grad_norm", torch.tensor(-1.0), ValueError, "Invalid max_grad_norm of group 0: -1.0"),
+    ("max_grad_norm", torch.ones(2), ValueError, "Tensor max_grad_norm of group 0 must be 1-element"),
+    ("max_grad_norm", torch.tensor(True), TypeError, "Tensor max_grad_norm of group 0 must be real, but .* torch.bool"),
+    ("skip_grad_norm", -1, ValueError, "Invalid skip_grad_norm of group 0: -1.0, it must not be negative"),
+    ("skip_grad_norm", NAN, ValueError, "Invalid skip_grad_norm of group 0: nan"),
+    ("skip_grad_norm", False, TypeError, "skip_grad_norm of group 0 must be a number or None"),
+    ("skip_grad_norm", torch.tensor(1j), TypeError, "Tensor skip_grad_norm of group 0 must be real"),
     ("skip_nonfinite", None, TypeError, "skip_nonfinite of group 0 must be True or False, but it is None"),
     ("skip_nonfinite", 2, TypeError, "skip_nonfinite of group 0 must be True or False"),
     ("skip_nonfinite", torch.tensor(True), TypeError, "skip_nonfinite of group 0 must be True or False"),
@@ -192,7 +198,8 @@ BAD = [
     ("ema_decay", 1.0, ValueError, "Invalid ema_decay of group 0: 1.0"),
     ("ema_decay", NAN, ValueError, "Invalid ema_decay of group 0: nan"),
     ("ema_decay", False, TypeError, "ema_decay of group 0 must be a number or None"),
-    ("ema_decay", torch.tensor(0.5), TypeError, "ema_decay of group 0 must be a number or None"),
+    ("ema_decay", torch.tensor([1.0]), ValueError, "Invalid ema_decay of group 0: 1.0"),
+    ("ema_decay", torch.zeros(0), ValueError, "Tensor ema_decay of group 0 must be 1-element"),
 ]
 
 
@@ -218,7 +225,12 @@ def test_bad_values(backend, name, value, error, match):
     assert list(map(bits, params_of(optimizer))) == list(map(bits, params_of(twin)))
 
 
-DIFFERENT = [("max_grad_norm", 1.0, 2.0), ("max_grad_norm", 1.0, None), ("skip_nonfinite", False, True)]
+DIFFERENT = [
+    ("max_grad_norm", 1.0, 2.0),
+    ("max_grad_norm", 1.0, None),
+    ("skip_nonfinite", False, True),
+    ("skip_grad_norm", 1e3, 2e3),
+]
 
 
 @pytest.mark.parametrize(("name", "first", "second"), DIFFERENT)
