@@ -120,8 +120,9 @@ class Hyper:
             for index, group in enumerate(groups):
                 check_group(groups, index)
                 self._settle(group, index)
-            if list(map(len, groups)) != self._sizes:
-                return self._begin(groups, list(map(len, groups)))
+            sizes = list(map(len, groups))
+            if sizes != self._sizes or not all(map(is_, self._read(groups), self._values)):  # something was added
+                return self._begin(groups, sizes)
         changed = set()
         only_floats = True
         for index, name, value in new:

@@ -67,6 +67,26 @@ def test_an_element_that_is_not_finite_skips_the_step_on_every_rank(backend):
 
 @both_backends
 @on_ranks(4)
+def test_too_long_gradients_skip_the_step_on_every_rank(backend):
+    """By the norm of all shards together, which is above the threshold where that of no rank is."""
+    sharded, whole = make_models()
+    set_same_grads(sharded, whole, 0)
+    norm = torch.stack([param.grad.double().norm() for param in whole.parameters()]).norm()
+    optimizer = make("AdamW", sharded.parameters(), lr=0.1, backend=backend, skip_grad_norm=0.999 * float(norm))
+    kept = local_bits(sharded)
+    mine = [param.grad.to_local() if isinstance(param, DTensor) else param.grad for param in sharded.parameters()]
+    assert torch.stack([grad.double().norm() for grad in mine]).norm() < 0.95 * norm
+    optimizer.step()
+    assert all(map(torch.equal, local_bits(sharded), kept))
+    assert int(optimizer.skipped_steps) == 1
+    optimizer.param_groups[0]["fusedopt_skip_grad_norm"] = 1.001 * norm.to(rank_device())
+    optimizer.step()
+    assert int(optimizer.skipped_steps) == 1
+    assert all(state["step"] == 1 for state in optimizer.state.values())
+
+
+@both_backends
+@on_ranks(4)
 def test_gradscaler(backend):
     """An overflow in one shard skips the step on all ranks, though the first parameter is replicated.
 

@@ -9,6 +9,9 @@ import torch
 import fusedopt
 import fusedopt.engines.choice
 import fusedopt.engines.tables
+from fusedopt.options import KEYS
+from fusedopt.rules import decay, rmsprop, sgd
+from fusedopt.step import hyper
 from tests.conftest import DEVICE
 from tests.twins import assert_same, params_of, set_grads, snapshot
 
@@ -135,6 +138,57 @@ def test_a_graph_keeps_its_numbers(graph):
         graph.replay()
         twin.step()
         torch.testing.assert_close(params_of(optimizer)[:3], params_of(twin))
+
+
+LIVE = {
+    "AdamW": {
+        "lr": (0.1, 0.05),
+        "betas": ((0.9, 0.99), (0.5, 0.9)),
+        "eps": (1e-8, 1e-3),
+        "weight_decay": (0.1, 0.3),
+        "max_lr": (0.2, 0.4),
+        "max_grad_norm": (0.5, 0.1),
+        "skip_grad_norm": (1e6, 1e-6),
+        "ema_decay": (0.5, 0.9),
+    },
+    "SGD": {"lr": (0.1, 0.05), "momentum": (0.9, 0.5), "dampening": (0.5, 0.1), "weight_decay": (0.1, 0.3)},
+    "RMSprop": {"alpha": (0.99, 0.9), "momentum": (0.9, 0.5)},
+}
+
+
+@pytest.mark.parametrize(("name", "number"), [(name, number) for name, numbers in LIVE.items() for number in numbers])
+def test_a_number_on_the_device_is_live(graph, monkeypatch, name, number):
+    """A replay reads what the tensor holds then, and nobody asks for the value before."""
+    first, second = LIVE[name][number]
+    options = {"weight_decay_form": "cautious_corrected"} if name == "AdamW" else {}
+    optimizer = make(name, **{**options, number: first})
+    group, key = optimizer.param_groups[0], KEYS.get(number, number)
+    twin = copy.deepcopy(optimizer)
+    as_if_on_device(monkeypatch)
+    live = torch.utils._pytree.tree_map(lambda value: torch.tensor(value, dtype=torch.float64), first)
+    group[key] = live
+    stepped(optimizer)
+    stepped(twin)
+    with graph:
+        optimizer.step()
+    with Graph(monkeypatch):  # a plan of its own
+        optimizer.step()
+    for seed, value in enumerate((first, second, first), start=1):
+        torch.utils._pytree.tree_map(lambda tensor, value: tensor.fill_(value), live, value)
+        twin.param_groups[0][key] = value
+        new_grads(optimizer, seed)
+        new_grads(twin, seed)
+        graph.replay()
+        twin.step()
+        assert_same(optimizer, twin)
+    assert optimizer.skipped_steps == twin.skipped_steps == (number == "skip_grad_norm")
+
+
+def as_if_on_device(monkeypatch):
+    """Tensors of numbers are read where they lie, and cannot be asked before a replay."""
+    monkeypatch.setattr(hyper, "_number", lambda value, *_: value if isinstance(value, torch.Tensor) else float(value))
+    for module in (sgd, rmsprop, decay):
+        monkeypatch.setattr(module, "lies_on_device", lambda value: isinstance(value, torch.Tensor))
 
 
 def test_what_a_graph_reads_is_kept(graph):
