@@ -24,8 +24,12 @@ class Case:
         named = [key if value is True else f"{key}={value}" for key, value in self.options.items()]
         return "-".join([self.optimizer, *named]).replace(" ", "")
 
+    @property
+    def optimizer_class(self) -> type[fusedopt.FusedOptimizer]:
+        return getattr(fusedopt, self.optimizer)
+
     def make(self, params: Any, **extra: Any) -> fusedopt.FusedOptimizer:
-        return getattr(fusedopt, self.optimizer)(params, **self.options, **extra)
+        return self.optimizer_class(params, **self.options, **extra)
 
     def make_torch(self, params: Any, **extra: Any) -> torch.optim.Optimizer:
         assert self.in_torch, f"torch.optim has no {self.id}"

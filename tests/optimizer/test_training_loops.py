@@ -17,8 +17,10 @@ from torch.optim.lr_scheduler import (
     StepLR,
 )
 from torch.optim.swa_utils import SWALR, AveragedModel
+from torch.utils._pytree import tree_map
 
 import fusedopt
+from tests.cases import CASES
 from tests.conftest import DEVICE
 from tests.twins import BACKENDS, OPTIMIZERS, assert_same, make, make_params, make_torch, params_of, train
 
@@ -153,6 +155,24 @@ def test_tensor_betas_changed_in_place(name, backend):
     train(mine, range(2, 4))
     train(theirs, range(2, 4))
     assert_same(mine, theirs)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.options.get("weight_decay")], ids=lambda case: case.id)
+@both_backends
+def test_every_number_may_be_a_tensor(case, backend, monkeypatch):
+    """Also one that is read where it lies."""
+    defaults = case.make(make_params()).param_groups[0]
+    numbers = {key: defaults[key] for key in case.optimizer_class.hyperparameters if key in defaults}
+    numbers = {key: value for key, value in numbers.items() if not isinstance(value, (bool, str))}
+    tensors = tree_map(lambda number: torch.tensor(float(number), dtype=torch.float64, device=DEVICE), numbers)
+    as_it_is = lambda value, *_: value if isinstance(value, torch.Tensor) else float(value)  # noqa: E731
+    monkeypatch.setattr("fusedopt.step.hyper._number", as_it_is)
+    optimizer = case.optimizer_class(make_params(), backend=backend, **{**case.options, **tensors})
+    twin = case.make(make_params(), backend=backend)
+    assert {"lr", "weight_decay"} <= tensors.keys()
+    for each in (optimizer, twin):
+        train(each, range(3))
+    assert_same(optimizer, twin)
 
 
 def make_model():
