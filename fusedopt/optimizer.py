@@ -15,7 +15,14 @@ from torch.optim.optimizer import ParamsT
 
 from .declaration import argument_defaults, check_declaration
 from .engines.choice import BACKENDS, engine, numba_is_installed, triton_is_installed, why_not
-from .options import SKIPPED_STEPS, begin_counters, check_group, required_keys, settle_options
+from .options import (
+    SKIPPED_STEPS,
+    begin_counters,
+    check_group,
+    check_torchs_flags,
+    required_keys,
+    settle_options,
+)
 from .protocol import Group, Scalars, States
 from .step import amp
 from .step.coding import new_state
@@ -25,8 +32,8 @@ from .step.sharding import is_flattened, is_sharded
 from .stepper import Stepper
 from .storage import precision
 from .storage.averaging import check_not_swapped, swapped
-from .storage.loading import shield, unshield
-from .storage.states import ADDED, without_unbegun
+from .storage.loading import shield, unshield_all
+from .storage.states import without_unbegun
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -354,12 +361,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _check_group(self, index: int) -> None:
         group = self.param_groups[index]
-        if group.get("fused") and group.get("differentiable"):
-            raise RuntimeError("`fused` does not support `differentiable`")
-        if group.get("differentiable"):
-            raise RuntimeError(f"{type(self).__name__} does not support `differentiable`: its step is not traced")
-        if group.get("fused") and group.get("foreach"):
-            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+        check_torchs_flags(group, type(self).__name__)
         check_group(self.param_groups, index)
         for name, names in self.choices.items():
             place_of_choice(names, group.get(name, names[0]), name, index)
@@ -400,19 +402,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         return {**super().__getstate__(), "backend": self.backend, "_stepper": copy.copy(self._stepper)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        loaded = state.get("state", {})
-        for owner, values in loaded.items():
-            if isinstance(values, dict):
-                device = owner.device if isinstance(owner, Tensor) else None
-                loaded[owner] = {key: unshield(key, value, device, self) for key, value in values.items()}
+        unshield_all(state.get("state", {}), self)
         super().__setstate__(state)
         self._stepper.forget()
         self.defaults.update({**argument_defaults(type(self)), **self.defaults})
-        for values in self.state.values():
-            # torch.distributed.checkpoint asks for every key of `state`, and gives {} for what state_dict() left out.
-            for name in (*self.states, *ADDED) if isinstance(values, dict) else ():
-                if values.get(name) == {}:
-                    del values[name]
         for group in self.param_groups:
             for key, default in required_keys(self).items():
                 group.setdefault(key, default)

@@ -125,6 +125,16 @@ def is_number(value: Any) -> bool:
     return hasattr(value, "__float__") and not isinstance(value, Tensor)
 
 
+def check_torchs_flags(group: Group, name: str) -> None:
+    """Raise RuntimeError for torch's flags of one group where they ask the class of this name for what nobody does."""
+    if group.get("fused") and group.get("differentiable"):
+        raise RuntimeError("`fused` does not support `differentiable`")
+    if group.get("differentiable"):
+        raise RuntimeError(f"{name} does not support `differentiable`: its step is not traced")
+    if group.get("fused") and group.get("foreach"):
+        raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+
+
 def check_group(groups: Sequence[Group], index: int) -> None:
     """Raise ValueError or TypeError for options of one group that are invalid, exclude each other, or ought to agree.
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from fusedopt.storage.quantized_tensor import Quantized
-from tests.oracle import Array
+from tests.bounded import Array
 
 BLOCK = 256
 

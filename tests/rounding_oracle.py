@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from tests.oracle import Array
+from tests.bounded import Array
 from tests.tolerance import overflow, ulp
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from tests.oracle import Array, Bounded, exact
+from tests.bounded import Array, Bounded, exact
 
 # 16-bit results are computed in fp32 and rounded once, so half an ULP of the stored type is all that is lost.
 ULPS = {torch.float64: 4, torch.float32: 4, torch.bfloat16: 1, torch.float16: 1}

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..options import is_number, optional_keys, required_keys
 from ..protocol import OptimizerLike
 from .dtypes import scalar_dtype
+from .states import ADDED
 
 
 class Shielded:
@@ -45,7 +46,19 @@ def shield(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
     return {**state_dict, "state": state, "param_groups": groups}
 
 
-def unshield(key: str, value: Any, device: torch.device | None, optimizer: OptimizerLike) -> Any:
+def unshield_all(states: dict[Any, Any], optimizer: OptimizerLike) -> None:
+    """Replace the loaded states of every parameter by what becomes of them."""
+    for owner, values in states.items():
+        if isinstance(values, dict):
+            device = owner.device if isinstance(owner, Tensor) else None
+            # torch.distributed.checkpoint asks for every key of `state`, and gives {} for what state_dict() left out.
+            left_out = [name for name in (*optimizer.states, *ADDED) if values.get(name) == {}]
+            states[owner] = {
+                key: _unshielded(key, value, device, optimizer) for key, value in values.items() if key not in left_out
+            }
+
+
+def _unshielded(key: str, value: Any, device: torch.device | None, optimizer: OptimizerLike) -> Any:
     """What becomes of a loaded state: a copy, beside its parameter; numbers become tensors."""
     if not isinstance(value, Shielded):
         number = key in optimizer.scalar_states and is_number(value)

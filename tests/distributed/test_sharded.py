@@ -83,9 +83,11 @@ def assert_same_bits(sharded, whole, optimizers):
 @both_backends
 @on_ranks(4)
 def test_every_optimizer_steps_shards_as_it_steps_the_whole(backend):
-    for name in OPTIMIZERS if backend == "eager" else ["AdamW", "SGD", "Rprop"]:  # the interpreter takes its time
+    names = OPTIMIZERS if backend == "eager" else ["AdamW", "SGD", "Rprop"]  # the interpreter takes its time
+    cautious = {"weight_decay": 0.3, "weight_decay_form": "cautious_corrected", "max_lr": 0.2}
+    for name, options in [*((name, {}) for name in names), ("AdamW", cautious)]:
         sharded, whole = make_models()
-        optimizers = [make(name, model.parameters(), lr=0.1, backend=backend) for model in (sharded, whole)]
+        optimizers = [make(name, model.parameters(), lr=0.1, backend=backend, **options) for model in (sharded, whole)]
         for step in range(2):
             set_same_grads(sharded, whole, step)
             for optimizer in optimizers:

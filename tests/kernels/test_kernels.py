@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.bounded import Array, Bounded, exact
 from tests.cases import CASES, Case
-from tests.oracle import Array, Bounded, exact
 from tests.rules.test_reference import (
     TORCH_CASES,
     Noise,

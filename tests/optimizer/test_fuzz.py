@@ -22,7 +22,8 @@ from fusedopt.storage.averaging import EMA
 from fusedopt.storage.precision import KAHAN_COMP, MASTER_PARAM, kept_state, state_dtype
 from fusedopt.storage.quantized_tensor import Quantized
 from fusedopt.storage.states import ADDED
-from tests import oracle, rounding_oracle
+from tests import rounding_oracle
+from tests.bounded import exact
 from tests.cases import CASES, MODES
 from tests.conftest import DEVICE
 from tests.optimizer.fuzz_actions import ACTIONS, Actions, choose, lay
@@ -160,7 +161,7 @@ class Twins(Actions):
         name = kept_state(p, group)
         if name not in state:
             return p.detach()
-        kept = rounding_oracle.with_kept(oracle.exact(p), {name: oracle.exact(state[name])}, p.dtype)
+        kept = rounding_oracle.with_kept(exact(p), {name: exact(state[name])}, p.dtype)
         return torch.from_numpy(kept.astype("float32")).to(p.device).reshape(p.shape)
 
     @torch.no_grad()

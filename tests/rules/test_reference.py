@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from tests import oracle
+from tests.bounded import Array, Bounded, exact
 from tests.cases import CASES, Case
-from tests.oracle import Bounded, exact
 from tests.tolerance import assert_close
 
 SHORT = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -96,7 +96,7 @@ def set_grad(param: Tensor, grad: Tensor) -> None:
 
 
 @torch.no_grad()
-def store(tensor: Tensor, values: oracle.Array) -> None:
+def store(tensor: Tensor, values: Array) -> None:
     """Round the oracle's values into a tensor, of any layout."""
     real = torch.from_numpy(values.astype(np.float64))
     if tensor.is_complex():

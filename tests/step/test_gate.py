@@ -9,10 +9,10 @@ from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_
 
 import fusedopt
+from tests.bounded import Bounded, exact
 from tests.cases import BF16, CASES, FP16, FP32, MODES, Case, Mode
 from tests.conftest import DEVICE
 from tests.optimizer.test_state import saved_and_loaded
-from tests.oracle import Bounded, exact
 from tests.tolerance import assert_close
 from tests.twins import ENGINES, bits, make_params, params_of, random, set_grads, snapshot, train
 

@@ -8,9 +8,9 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import fusedopt
+from tests.bounded import Bounded, exact
 from tests.cases import BF16, FP16, FP32
 from tests.conftest import DEVICE
-from tests.oracle import Bounded, exact
 from tests.step.test_gate import COMPLEX, INF, NAN, everything, norm_of, zeros
 from tests.tolerance import assert_close
 from tests.twins import BACKENDS, KERNELS, make, make_torch, params_of, random, set_grads, snapshot

@@ -6,9 +6,9 @@ from torch.nn import Parameter
 
 import fusedopt
 import fusedopt.engines.tables
+from tests.bounded import Bounded, exact
 from tests.cases import BF16, FP16, FP32
 from tests.conftest import DEVICE
-from tests.oracle import Bounded, exact
 from tests.step.test_gate import COMPLEX, INF, NAN, zeros
 from tests.step.test_grad_scaler import number
 from tests.tolerance import assert_close

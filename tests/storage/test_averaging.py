@@ -10,10 +10,10 @@ from torch.nn import Parameter, ParameterList
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import fusedopt
+from tests.bounded import Bounded, exact
 from tests.cases import AVERAGED, BF16, FP16, FP32
 from tests.conftest import DEVICE
 from tests.optimizer.test_state import saved_and_loaded
-from tests.oracle import Bounded, exact
 from tests.tolerance import assert_close
 from tests.twins import ENGINES, bits, make_params, params_of, random, set_grads, train
 

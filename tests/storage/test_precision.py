@@ -14,8 +14,8 @@ import fusedopt.engines.tables
 from fusedopt.storage.quantized_tensor import Quantized
 from fusedopt.storage.states import create_states
 from tests import oracle, quantized_oracle, rounding_oracle
+from tests.bounded import Array, Bounded, exact
 from tests.cases import CASES, FP32, MODES, Case, Mode
-from tests.oracle import Array, Bounded, exact
 from tests.rules.test_reference import LAYOUTS, SCALAR_STATES, Noise, seeded
 from tests.tolerance import ULPS, assert_close, ulp
 from tests.twins import ENGINES

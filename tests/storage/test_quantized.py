@@ -17,7 +17,7 @@ from fusedopt.storage import quantized
 from fusedopt.storage.quantized import BLOCK, SIGNED, UNSIGNED
 from fusedopt.storage.quantized_tensor import Quantized, quantize
 from tests import quantized_oracle
-from tests.oracle import exact
+from tests.bounded import exact
 from tests.twins import BACKENDS, ENGINES, bits
 
 both_codes = pytest.mark.parametrize("code", [SIGNED, UNSIGNED], ids=["signed", "unsigned"])
