@@ -27,7 +27,7 @@ from .protocol import Group, Scalars, States
 from .step import amp
 from .step.coding import new_state
 from .step.hooks import hooked_step
-from .step.hyper import place_of_choice
+from .step.hyper import check_choices
 from .step.sharding import is_flattened, is_sharded
 from .stepper import Stepper
 from .storage import precision
@@ -363,8 +363,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         group = self.param_groups[index]
         check_torchs_flags(group, type(self).__name__)
         check_group(self.param_groups, index)
-        for name, names in self.choices.items():
-            place_of_choice(names, group.get(name, names[0]), name, index)
+        check_choices(self.choices, group, index)
         self.settle_group(group, index)
         for position, param in enumerate(group["params"]):
             why = why_not(self.backend, param)

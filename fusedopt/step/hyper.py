@@ -1,7 +1,7 @@
 """The hyperparameters of every group as float64 numbers, re-read at each step."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, chain, compress
 from operator import is_, is_not, itemgetter
 from typing import Any
@@ -119,6 +119,7 @@ class Hyper:
         if any(isinstance(value, (bool, str)) or name in self._optional for _, name, value in new):
             for index, group in enumerate(groups):
                 check_group(groups, index)
+                check_choices(self._choices, group, index)
                 self._settle(group, index)
             sizes = list(map(len, groups))
             if sizes != self._sizes or not all(map(is_, self._read(groups), self._values)):  # something was added
@@ -148,7 +149,7 @@ class Hyper:
             return self._put_option(index, name, value)
         row = self.rows[index]
         if name in self._choices:
-            value = place_of_choice(self._choices[name], value, name, index)
+            value = _place_of_choice(self._choices[name], value, name, index)
         if value is None and isinstance(self._defaults[name], (bool, type(None))):  # a flag that is not set
             value = False
         places = self._sequences.get(name, 0)
@@ -187,10 +188,15 @@ class Hyper:
         )
 
 
-def place_of_choice(names: Sequence[str], value: Any, name: str, index: int) -> int:
-    """The place of a name among those that a hyperparameter may have."""
+def check_choices(choices: Mapping[str, Sequence[str]], group: Group, index: int) -> None:
+    """Raise ValueError for a hyperparameter of a group that is none of the names that it may be."""
+    for name, names in choices.items():
+        _place_of_choice(names, group.get(name, names[0]), name, index)
+
+
+def _place_of_choice(names: Sequence[str], value: Any, name: str, index: int) -> int:
     if value not in names:
-        raise ValueError(f"Invalid {name} of group {index}: {value!r}, choose one of {', '.join(map(repr, names))}")
+        raise ValueError(f"{name} of group {index} must be one of {', '.join(map(repr, names))}, but it is {value!r}")
     return names.index(value)
 
 
