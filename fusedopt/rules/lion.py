@@ -36,7 +36,8 @@ class Lion(FusedOptimizer):
         capturable: whether the step may be captured in a CUDA graph.
         differentiable: must be false.
         fused: False is ``backend="eager"``; None and True leave the choice to `backend`.
-        weight_decay_form, max_lr: how much a decoupled decay takes in a step, as for `Adam`.
+        weight_decay_form: how much a decoupled decay takes in a step, and where: one of the names that `Adam` lists.
+        max_lr: :math:`\eta_{max} > 0` of these forms, as for `Adam`.
         **common: what every optimizer takes, ``backend`` and those for low precision: see `FusedOptimizer`.
 
     State:

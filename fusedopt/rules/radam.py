@@ -42,7 +42,8 @@ class RAdam(FusedOptimizer):
         maximize: negate the gradient first.
         capturable: whether the step may be captured in a CUDA graph.
         differentiable: must be false.
-        weight_decay_form, max_lr: how much a decoupled decay takes in a step, as for `Adam`.
+        weight_decay_form: how much a decoupled decay takes in a step, and where: one of the names that `Adam` lists.
+        max_lr: :math:`\eta_{max} > 0` of these forms, as for `Adam`.
         **common: what every optimizer takes, ``backend`` and those for low precision: see `FusedOptimizer`.
 
     State:
