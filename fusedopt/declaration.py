@@ -42,13 +42,17 @@ def check_declaration(optimizer: type[OptimizerLike], base: type[OptimizerLike],
     for state in (*optimizer.scalar_states, *optimizer.states):
         if state in (*ADDED, EMA_BEGUN):
             raise TypeError(f"{name} declares the state {state!r}, which every FusedOptimizer may have")
+    for key in optimizer.choices:
+        if key not in optimizer.hyperparameters:
+            raise TypeError(f"`choices` of {name} names {key!r}, which is none of its hyperparameters")
     for state in optimizer.nonnegative:
         if state not in optimizer.states:
             raise TypeError(f"`nonnegative` of {name} names {state!r}, which is none of its states")
     for flag, state in optimizer.begun.items():
         if flag not in optimizer.scalar_states or state not in optimizer.states:
             raise TypeError(f"`begun` of {name} must name one of its scalar states and one of its states")
-    n_scalars = count_scalars(optimizer, count_numbers(defaults[key] for key in optimizer.hyperparameters))
+    values = {**defaults, **optimizer.optional}
+    n_scalars = count_scalars(optimizer, count_numbers(values[key] for key in optimizer.hyperparameters))
     if isinstance(optimizer.kernel, str):
         return
     if not (isinstance(optimizer.kernel, tuple) and len(optimizer.kernel) == 2):

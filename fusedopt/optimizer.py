@@ -22,6 +22,7 @@ from .options import (
     check_torchs_flags,
     required_keys,
     settle_options,
+    share_equal_tensors,
 )
 from .protocol import Group, Scalars, States
 from .step import amp
@@ -249,12 +250,13 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @staticmethod
     def settle_group(group: Group, index: int) -> None:
-        """Check a group, and add the keys that follow from others.
+        """Check a group, and add the keys that follow from others, such as the `max_lr` of a form of weight decay.
 
-        Called for a new group, and in a step for all groups after a flag, a name or one of `optional` has changed.
+        Called for a new group, and for all groups in a step before which keys, flags, names or ones of `optional` have
+        changed. A key that is there must stay as it is. Where a checkpoint lacks one, it follows from the loaded ones.
 
         Args:
-            group: to be completed in place. If this raises, nothing may have been added.
+            group: to be completed in place.
             index: of the group, for a message.
         """
 
@@ -383,6 +385,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             super().load_state_dict(state_dict)
         finally:
             hook.remove()
+        share_equal_tensors(self.param_groups)
         self._stepper.skipped_steps = self._stepper.rounding_step = 0  # unless loaded groups have them
 
     def state_dict(self) -> dict[str, Any]:

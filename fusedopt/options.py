@@ -6,7 +6,6 @@ where they differ from the default, so that torch's checkpoints fit.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Sequence, Set
 from typing import Any, TypedDict
@@ -35,6 +34,7 @@ ROUNDING_STEP = PREFIX + "rounding_step"  # how many steps have been rounded at 
 COUNTERS = (SKIPPED_STEPS, ROUNDING_STEP)
 # One value for all groups: these are about the gradients of all parameters together.
 SHARED = ("max_grad_norm", "skip_nonfinite", "skip_grad_norm")
+NUMBERS = ("max_grad_norm", "skip_grad_norm", "ema_decay")  # None, or a number, which may be a tensor
 EIGHT_BITS = "8bit"
 STATE_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16, EIGHT_BITS)
 ROUNDINGS = ("nearest", "stochastic")
@@ -122,7 +122,7 @@ def begin_counters(group: Group) -> None:
 
 def is_number(value: Any) -> bool:
     """Whether a value is a number, of Python's or numpy's."""
-    return hasattr(value, "__float__") and not isinstance(value, Tensor)
+    return hasattr(value, "__float__") and not isinstance(value, Tensor) and getattr(value, "ndim", 0) == 0
 
 
 def check_torchs_flags(group: Group, name: str) -> None:
@@ -135,6 +135,42 @@ def check_torchs_flags(group: Group, name: str) -> None:
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
 
 
+def read_number(value: Any, name: str, index: int) -> float | None:
+    """A number of a group, None for a tensor that the host would wait for; ValueError or TypeError for no number."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"Tensor {name} of group {index} must be 1-element")
+        if value.dtype.is_complex or value.dtype == torch.bool:
+            raise TypeError(f"Tensor {name} of group {index} must be real, but its dtype is {value.dtype}")
+        if value.device.type != "cpu":
+            return None
+    elif isinstance(value, bool) or not is_number(value):
+        raise TypeError(f"{name} of group {index} must be a number or None, but it is {value!r}")
+    return float(value)
+
+
+def check_number(value: Any, name: str, index: int) -> None:
+    """Raise ValueError or TypeError unless one of `NUMBERS` of a group is a number in its range."""
+    number = read_number(value, name, index)
+    if number is None:
+        return
+    if name == "ema_decay":
+        if not 0 <= number < 1:
+            raise ValueError(f"Invalid ema_decay of group {index}: {number}, it must lie in [0, 1)")
+    elif not number >= 0:
+        raise ValueError(f"Invalid {name} of group {index}: {number}, it must not be negative")
+
+
+def share_equal_tensors(groups: Sequence[Group]) -> None:
+    """Make one tensor of those that `SHARED` options have in several groups, since a checkpoint may have copies."""
+    for name in SHARED:
+        first = option(groups[0], name)
+        for group in groups[1:]:
+            value = option(group, name)
+            if isinstance(value, Tensor) and isinstance(first, Tensor) and float(value) == float(first):
+                group[KEYS[name]] = first
+
+
 def check_group(groups: Sequence[Group], index: int) -> None:
     """Raise ValueError or TypeError for options of one group that are invalid, exclude each other, or ought to agree.
 
@@ -145,22 +181,13 @@ def check_group(groups: Sequence[Group], index: int) -> None:
     group = groups[index]
     _check_storage(group, index)
     _check_flag(group, "skip_nonfinite", index)
-    for name in ("max_grad_norm", "skip_grad_norm"):
-        norm = _checked_number(group, name, index)
-        if norm is not None and not norm >= 0:
-            raise ValueError(f"Invalid {name} of group {index}: {norm}, it must not be negative")
-    ema_decay = _checked_number(group, "ema_decay", index)
-    if ema_decay is not None and not 0 <= ema_decay < 1:
-        raise ValueError(f"Invalid ema_decay of group {index}: {ema_decay}, it must lie in [0, 1)")
+    for name in NUMBERS:
+        if option(group, name) is not None:
+            check_number(option(group, name), name, index)
     for name in SHARED:
         value, first = option(group, name), option(groups[0], name)
-        if isinstance(value, Tensor) and isinstance(first, Tensor):
-            if value is not first and float(value) == float(first):  # a checkpoint was loaded piece by piece
-                group[KEYS[name]] = value = first
-            agree = value is first
-        else:
-            agree = not isinstance(value, Tensor) and not isinstance(first, Tensor) and value == first
-        if not agree:
+        is_tensor = isinstance(value, Tensor) or isinstance(first, Tensor)
+        if value is not first and (is_tensor or value != first):
             raise ValueError(
                 f"{name} is one for all groups, since it is about all gradients together, "
                 f"but it is {first!r} in group 0 and {value!r} in group {index}"
@@ -198,22 +225,3 @@ def _check_flag(group: Group, name: str, index: int) -> None:
     value = option(group, name)
     if isinstance(value, Tensor) or value not in (True, False):
         raise TypeError(f"{name} of group {index} must be True or False, but it is {value!r}")
-
-
-def _checked_number(group: Group, name: str, index: int) -> float | None:
-    """The value of an option that is a number, if there is one that nobody must wait for."""
-    value = option(group, name)
-    if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise ValueError(f"Tensor {name} of group {index} must be 1-element")
-        if value.dtype.is_complex or value.dtype == torch.bool:
-            raise TypeError(f"Tensor {name} of group {index} must be real, but its dtype is {value.dtype}")
-        if value.device.type != "cpu":
-            return None
-    elif value is None:
-        return None
-    elif isinstance(value, bool) or not is_number(value):
-        raise TypeError(f"{name} of group {index} must be a number or None, but it is {value!r}")
-    if math.isnan(value):
-        raise ValueError(f"Invalid {name} of group {index}: {value}")
-    return float(value)

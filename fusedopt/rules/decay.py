@@ -17,13 +17,12 @@ A cautious form takes it where :math:`u\theta \ge 0` only.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..options import read_number
 from ..protocol import Group
-from .checks import lies_on_device
 
 COUPLINGS = ("standard", "fully_decoupled", "corrected")
 # `factors` gets the place of the name. Where the decay is cautious, it is as many places further.
@@ -56,22 +55,24 @@ def settle(group: Group, index: int) -> None:
     """Give a group the `max_lr` that its form of decay asks for, unless it has one: the `lr` that it begins with.
 
     Raises:
-        ValueError: the decay of the group is not decoupled; there is no `max_lr` above 0.
+        ValueError: the decay of the group is not decoupled; `max_lr` is not above 0.
+        TypeError: `max_lr` is no number.
     """
     form = group.get("weight_decay_form", "standard")
     if form != "standard" and not group.get("decoupled_weight_decay", True):
         raise ValueError(
             f"weight_decay_form={form!r} of group {index} is a form of decoupled decay: set decoupled_weight_decay=True"
         )
-    if form in ("standard", "cautious"):
-        return
-    max_lr: Any = group.get("max_lr")
+    max_lr = group.get("max_lr")
     if max_lr is None:
+        if form in ("standard", "cautious"):
+            return
         lr = group.get("initial_lr", group["lr"])
         max_lr = lr.detach().clone() if isinstance(lr, Tensor) else lr
-    if not lies_on_device(max_lr) and not 0 < max_lr < math.inf:
+    number = read_number(max_lr, "max_lr", index)
+    if number is not None and not 0 < number < math.inf:
         raise ValueError(
-            f"Invalid max_lr of group {index}: {max_lr}, it must be positive. It is the largest lr of the schedule, "
+            f"Invalid max_lr of group {index}: {number}, it must be positive. It is the largest lr of the schedule, "
             "and that with which the group begins unless you set it"
         )
     group["max_lr"] = max_lr

@@ -10,13 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..options import KEYS, PREFIX, SHARED, check_group, is_number, optional_keys
+from ..options import KEYS, NUMBERS, SHARED, check_group, check_number, is_number, optional_keys
 from ..protocol import Group, OptimizerLike
 
 Number = float | Tensor
 _NO_LIMITS = (-1.0, 0.0, math.inf)
 N_LIMITS = len(_NO_LIMITS)
+_NUMBERS = {KEYS[name]: name for name in NUMBERS}  # that are options
 _UNKNOWN = object()
+_FREE = (float, Tensor, list, tuple)  # may change without a word to the rest of the group
 
 
 class Hyper:
@@ -74,23 +76,42 @@ class Hyper:
         """Read the groups again; the keys whose values may have changed since the last call."""
         sizes = list(map(len, groups))
         if sizes != self._sizes:
-            return self._begin(groups, sizes)
+            return self._begin(groups)
         try:
             values = self._read(groups)
         except KeyError:  # groups as large as before have the same keys, unless one of these is gone
-            return self._begin(groups, sizes)
+            return self._begin(groups)
         if not self._volatile and all(map(is_, values, self._values)):
             return set()
-        moved = compress(range(len(values)), map(is_not, values, self._values))
+        moved = list(compress(range(len(values)), map(is_not, values, self._values)))
+        concerns_others = any(not isinstance(values[i], _FREE) or self._places[i][1] in self._optional for i in moved)
+        if concerns_others and self._settle_all(groups):
+            return self._begin(groups)
         self._values = values
-        return self._take(groups, [(*self._places[i], values[i]) for i in sorted({*moved, *self._volatile})])
+        return self._take([(*self._places[i], values[i]) for i in sorted({*moved, *self._volatile})])
 
-    def _begin(self, groups: Sequence[Group], sizes: list[int]) -> set[str]:
+    def _settle_all(self, groups: Sequence[Group]) -> bool:
+        """Check all groups and then complete them; whether that has changed any."""
+        for index, group in enumerate(groups):
+            check_group(groups, index)
+            check_choices(self._choices, group, index)
+        settled = [dict(group) for group in groups]  # so that an error leaves all groups as they are
+        for index, group in enumerate(settled):
+            self._settle(group, index)
+        changed = False
+        for group, new in zip(groups, settled, strict=True):
+            if len(group) != len(new) or any(map(is_not, group.values(), new.values())):
+                group.update(new)
+                changed = True
+        return changed
+
+    def _begin(self, groups: Sequence[Group]) -> set[str]:
         """Read groups of other keys than before, of which nothing is known."""
         for group in groups:
             for name in self._required:
                 group[name]  # KeyError
-        self._sizes = sizes
+        self._settle_all(groups)
+        self._sizes = list(map(len, groups))
         names = [[name for name in group if name in self._matter] for group in groups]
         self._getters = [
             tuple_getter([*of_group, *(name for name in group if name not in self._matter)])
@@ -106,7 +127,7 @@ class Hyper:
             for index, group in enumerate(groups)
             for name in (*self._required, *self._optional)
         ]
-        self._take(groups, new)
+        self._take(new)
         return self._matter
 
     def _read(self, groups: Sequence[Group]) -> list[Any]:
@@ -114,16 +135,8 @@ class Hyper:
             flat([get(group)[:count] for get, count, group in zip(self._getters, self._counts, groups, strict=True)])
         )
 
-    def _take(self, groups: Sequence[Group], new: Sequence[tuple[int, str, Any]]) -> set[str]:
+    def _take(self, new: Sequence[tuple[int, str, Any]]) -> set[str]:
         """Put new values, each with its group and name, into their places; the names of those that are different."""
-        if any(isinstance(value, (bool, str)) or name in self._optional for _, name, value in new):
-            for index, group in enumerate(groups):
-                check_group(groups, index)
-                check_choices(self._choices, group, index)
-                self._settle(group, index)
-            sizes = list(map(len, groups))
-            if sizes != self._sizes or not all(map(is_, self._read(groups), self._values)):  # something was added
-                return self._begin(groups, sizes)
         changed = set()
         only_floats = True
         for index, name, value in new:
@@ -165,12 +178,13 @@ class Hyper:
 
     def _put_option(self, index: int, name: str, value: Any) -> bool:
         """The same for what is no hyperparameter."""
-        if isinstance(value, Tensor):
-            value = _number(value, name.removeprefix(PREFIX), index)
+        if name in _NUMBERS and value is not None:
+            check_number(value, _NUMBERS[name], index)  # a tensor on the CPU may have changed within itself
+            value = _number(value, _NUMBERS[name], index)
         elif isinstance(value, np.generic):
             value = value.item()
         if name == KEYS["ema_decay"]:
-            self.rows[index][-1] = value if isinstance(value, Tensor) else float(value or 0.0)
+            self.rows[index][-1] = 0.0 if value is None else value
         is_known = isinstance(value, Tensor) or _immutable(value)
         is_same = is_known and _same_number(value, self._options.get((index, name), _UNKNOWN))
         self._options[index, name] = value if is_known else _UNKNOWN
@@ -195,7 +209,7 @@ def check_choices(choices: Mapping[str, Sequence[str]], group: Group, index: int
 
 
 def _place_of_choice(names: Sequence[str], value: Any, name: str, index: int) -> int:
-    if value not in names:
+    if not isinstance(value, str) or value not in names:
         raise ValueError(f"{name} of group {index} must be one of {', '.join(map(repr, names))}, but it is {value!r}")
     return names.index(value)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -38,12 +39,22 @@ def shield(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
         options = {**required_keys(optimizer), **optional_keys(optimizer), "fused": None}
         groups = [
             {
-                **{key: own[key] for key in options if key in own},
+                **{key: own[key] for key in options if key in own and not _follows(optimizer, own, key)},
                 **{key: value for key, value in {**loaded}.items() if key != "fused"},
             }
             for own, loaded in zip(optimizer.param_groups, groups, strict=True)
         ]
     return {**state_dict, "state": state, "param_groups": groups}
+
+
+def _follows(optimizer: Any, group: Mapping[str, Any], key: str) -> bool:
+    """Whether a key has the value that other keys of the group would give it."""
+    if key not in optimizer.optional:
+        return False
+    others = {name: value for name, value in group.items() if name != key}
+    with suppress(ValueError):
+        optimizer.settle_group(others, 0)
+    return key in others and bool(others[key] == group[key])
 
 
 def unshield_all(states: dict[Any, Any], optimizer: OptimizerLike) -> None:

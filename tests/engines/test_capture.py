@@ -10,7 +10,7 @@ import fusedopt
 import fusedopt.engines.choice
 import fusedopt.engines.tables
 from fusedopt.options import KEYS
-from fusedopt.rules import decay, rmsprop, sgd
+from fusedopt.rules import rmsprop, sgd
 from fusedopt.step import hyper
 from tests.conftest import DEVICE
 from tests.twins import assert_same, params_of, set_grads, snapshot
@@ -187,7 +187,7 @@ def test_a_number_on_the_device_is_live(graph, monkeypatch, name, number):
 def as_if_on_device(monkeypatch):
     """Tensors of numbers are read where they lie, and cannot be asked before a replay."""
     monkeypatch.setattr(hyper, "_number", lambda value, *_: value if isinstance(value, torch.Tensor) else float(value))
-    for module in (sgd, rmsprop, decay):
+    for module in (sgd, rmsprop):
         monkeypatch.setattr(module, "lies_on_device", lambda value: isinstance(value, torch.Tensor))
 
 

@@ -157,7 +157,10 @@ def test_tensor_betas_changed_in_place(name, backend):
     assert_same(mine, theirs)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.options.get("weight_decay")], ids=lambda case: case.id)
+WITH_NUMBERS = [case for case in CASES if case.options.get("weight_decay") or case.optimizer == "Rprop"]
+
+
+@pytest.mark.parametrize("case", WITH_NUMBERS, ids=lambda case: case.id)
 @both_backends
 def test_every_number_may_be_a_tensor(case, backend, monkeypatch):
     """Also one that is read where it lies."""
@@ -169,7 +172,7 @@ def test_every_number_may_be_a_tensor(case, backend, monkeypatch):
     monkeypatch.setattr("fusedopt.step.hyper._number", as_it_is)
     optimizer = case.optimizer_class(make_params(), backend=backend, **{**case.options, **tensors})
     twin = case.make(make_params(), backend=backend)
-    assert {"lr", "weight_decay"} <= tensors.keys()
+    assert tensors.keys() >= ({"lr", "etas", "step_sizes"} if case.optimizer == "Rprop" else {"lr", "weight_decay"})
     for each in (optimizer, twin):
         train(each, range(3))
     assert_same(optimizer, twin)

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import Parameter
@@ -180,9 +181,11 @@ def test_checkpoints_keep_it():
     assert resumed.param_groups[0]["weight_decay_form"] == "cautious_corrected"
     of_torch = torch.optim.AdamW([param()], lr=0.4)
     train(of_torch, range(1))
-    mine = make("AdamW", [param()], lr=0.2, weight_decay_form="corrected")
-    mine.load_state_dict(of_torch.state_dict())
-    assert (mine.param_groups[0]["max_lr"], mine.param_groups[0]["weight_decay_form"]) == (0.2, "corrected")
+    for given, max_lr in (({}, 0.4), ({"max_lr": 0.5}, 0.5)):  # what was not given follows from the loaded lr
+        mine = make("AdamW", [param()], lr=0.2, weight_decay_form="corrected", **given)
+        mine.load_state_dict(of_torch.state_dict())
+        train(mine, range(1))
+        assert (mine.param_groups[0]["max_lr"], mine.param_groups[0]["weight_decay_form"]) == (max_lr, "corrected")
 
 
 # Errors.
@@ -203,6 +206,13 @@ BAD = [
     ("AdamW", {"weight_decay_form": "corrected", "max_lr": 0.0}, "Invalid max_lr of group 0: 0.0, it must be positive"),
     ("AdamW", {"weight_decay_form": "corrected", "max_lr": -1.0}, "Invalid max_lr of group 0: -1.0"),
     ("AdamW", {"weight_decay_form": "corrected", "max_lr": float("nan")}, "Invalid max_lr of group 0: nan"),
+    ("Lion", {"max_lr": -1.0}, "Invalid max_lr of group 0: -1.0"),
+    ("Lion", {"max_lr": torch.tensor(0.0)}, "Invalid max_lr of group 0: 0.0"),
+    ("Lion", {"max_lr": torch.ones(2)}, "Tensor max_lr of group 0 must be 1-element"),
+    ("Lion", {"max_lr": "0.1"}, "max_lr of group 0 must be a number or None, but it is '0.1'"),
+    ("Lion", {"max_lr": [0.1]}, "max_lr of group 0 must be a number or None"),
+    ("Lion", {"weight_decay_form": np.array(["cautious"])}, "weight_decay_form of group 0 must be one of"),
+    ("Adam", {"weight_decay_form": "cautious", "decoupled_weight_decay": 0}, "'cautious' of group 0 is a form"),
     ("AdamW", {"weight_decay_form": "corrected", "lr": 0.0}, "Invalid max_lr of group 0: 0.0, .* lr of the schedule"),
 ]
 
@@ -212,7 +222,7 @@ BAD = [
 def test_bad_values(name, options, match, backend):
     """At construction, and at the step for what was set later, before anything is written."""
     given = {"lr": 0.1, **CLASSES[name], **options}
-    with pytest.raises(ValueError, match=match):
+    with pytest.raises((ValueError, TypeError), match=match):
         getattr(fusedopt, name)([param()], backend=backend, **given)
     optimizer = getattr(fusedopt, name)([mine := param()], lr=given["lr"], backend=backend, **CLASSES[name])
     train(optimizer, range(1))
@@ -221,13 +231,24 @@ def test_bad_values(name, options, match, backend):
     optimizer.param_groups[0].update(options)
     set_grads([mine], 1)
     for _ in range(2):
-        with pytest.raises(ValueError, match=match):
+        with pytest.raises((ValueError, TypeError), match=match):
             optimizer.step()
     assert bits(mine) == before
     optimizer.param_groups[0].clear()
     optimizer.param_groups[0].update(group)
     optimizer.step()
     assert optimizer.state[mine]["step"] == 2 if name != "Lion" else bits(mine) != before
+
+
+def test_a_refused_step_completes_no_group():
+    optimizer = make("AdamW", [{"params": [param()]}, {"params": [param(1)]}], lr=0.1)
+    train(optimizer, range(1))
+    optimizer.param_groups[0]["weight_decay_form"] = "corrected"
+    for wrong in ({"weight_decay_form": "correct"}, {"weight_decay_form": "corrected", "max_lr": 0.0}):
+        optimizer.param_groups[1].update(wrong)
+        with pytest.raises(ValueError, match="of group 1"):
+            train(optimizer, range(1))
+        assert "max_lr" not in optimizer.param_groups[0]
 
 
 def test_a_group_that_is_refused_leaves_nothing():

@@ -2,6 +2,8 @@
 
 import copy
 import math
+from decimal import Decimal
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor
 
 import fusedopt
-from fusedopt.options import KEYS
+from fusedopt.options import KEYS, SKIPPED_STEPS
 from fusedopt.step import hyper
 from tests.cases import BF16, FP32
 from tests.conftest import DEVICE
@@ -63,12 +65,14 @@ def test_no_threshold_lets_through_what_is_not_finite(backend, value):
 
 def test_the_norm_that_is_skipped_is_unscaled(backend):
     (param,) = zeros(((2,), FP32))
-    param.grad = 8 * torch.tensor([3.0, 4.0], device=DEVICE)
     optimizer = sgd([param], backend, skip_grad_norm=6.0)
-    optimizer.grad_scale, optimizer.found_inf = torch.tensor(8.0), torch.tensor(0.0)
-    optimizer.step()
-    assert optimizer.skipped_steps == 0
-    assert torch.equal(param, torch.tensor([-3.0, -4.0], device=DEVICE))
+    for scale, length, skipped in ((8.0, 5.0, 0), (8.0, 6.5, 1), (0.25, 5.9, 1), (0.25, 20.0, 2)):
+        before = bits(param)
+        param.grad = scale * length * torch.tensor([0.6, 0.8], device=DEVICE)
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(scale), torch.tensor(0.0)
+        optimizer.step()
+        assert optimizer.skipped_steps == skipped
+        assert (bits(param) == before) == (length > 6)
 
 
 def test_skipping_and_clipping_by_the_norm(backend):
@@ -102,6 +106,8 @@ def test_skipping_by_the_norm_is_counted_in_checkpoints(backend):
     for norm in (2.0, 0.5, 3.0):
         grads_of_norm(params, norm)
         optimizer.step()
+    fresh = sgd(zeros(((3,), FP64)), backend, skip_grad_norm=1.0)
+    assert fresh.state_dict()["param_groups"][0][SKIPPED_STEPS] == 0
     resumed = sgd(zeros(((3,), FP64)), backend)
     resumed.load_state_dict(saved_and_loaded(optimizer.state_dict()))
     grads_of_norm(params_of(resumed), 2.0)
@@ -139,30 +145,37 @@ def test_a_tensor_is_the_number_that_it_holds(backend, name, shape, dtype, where
 
 
 def test_groups_share_one_tensor(backend):
-    """Also where a checkpoint was loaded piece by piece, and where a group is added."""
+    """Also after a checkpoint, of which some are loaded piece by piece."""
     one, other, third = make_params()
+    key = KEYS["skip_grad_norm"]
+    groups = [{"params": [one]}, {"params": [other]}]
     threshold = torch.tensor(1e-6, device=DEVICE)
-    optimizer = fusedopt.SGD(
-        [{"params": [one]}, {"params": [other]}], lr=0.1, backend=backend, skip_grad_norm=threshold
-    )
+    optimizer = fusedopt.SGD(groups, lr=0.1, backend=backend, skip_grad_norm=threshold)
     optimizer.add_param_group({"params": [third]})
-    for group in optimizer.param_groups:
-        group[KEYS["skip_grad_norm"]] = threshold.clone()
     train(optimizer, range(1))
     assert optimizer.skipped_steps == 1
-    first = optimizer.param_groups[0][KEYS["skip_grad_norm"]]
-    assert all(group[KEYS["skip_grad_norm"]] is first for group in optimizer.param_groups)
+    saved = saved_and_loaded(optimizer.state_dict())
+    for group in saved["param_groups"]:
+        group[key] = group[key].clone()
     for loaded in (copy.deepcopy(optimizer), optimizer):
-        loaded.load_state_dict(saved_and_loaded(loaded.state_dict()))
-        loaded.param_groups[0][KEYS["skip_grad_norm"]].fill_(1e6)
+        loaded.load_state_dict(saved)
+        loaded.param_groups[0][key].fill_(1e6)
         train(loaded, range(1))
         assert loaded.skipped_steps == 1
-    optimizer.param_groups[1][KEYS["skip_grad_norm"]] = torch.tensor(2.0)
-    with pytest.raises(ValueError, match="skip_grad_norm is one for all groups"):
-        optimizer.step()
-    optimizer.param_groups[1][KEYS["skip_grad_norm"]] = 1e6
-    with pytest.raises(ValueError, match="skip_grad_norm is one for all groups"):
-        optimizer.step()
+    for wrong in (torch.tensor(1e6), 1e6, None):
+        optimizer.param_groups[1][key] = wrong
+        with pytest.raises(ValueError, match="skip_grad_norm is one for all groups"):
+            optimizer.step()
+
+
+@pytest.mark.parametrize("number", [np.array(0.5), np.float32(0.5), Fraction(1, 2), Decimal("0.5")], ids=repr)
+def test_other_numbers_are_numbers(backend, number):
+    for name in NUMBERS:
+        optimizer = fusedopt.AdamW(make_params(), backend=backend, **{name: number})
+        twin = fusedopt.AdamW(make_params(), backend=backend, **{name: 0.5})
+        for each in (optimizer, twin):
+            train(each, range(2))
+        assert list(map(bits, params_of(optimizer))) == list(map(bits, params_of(twin)))
 
 
 def test_a_tensor_costs_no_new_plan(backend, monkeypatch):
