@@ -97,7 +97,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             steps. `swap_ema` evaluates with it. None keeps no average.
 
     `max_grad_norm`, `skip_grad_norm` and `ema_decay` may be one-element tensors, as every hyperparameter: a step reads
-    what they hold then, and waits for none that lies on a device. Such a one is not checked.
+    what they hold then, and kernels wait for none that lies on a device. Such a one is not checked.
 
     For one group alone, or later, set an option by its key in the param group, which is its name after ``fusedopt_``:
     ``{"params": params, "fusedopt_ema_decay": 0.9}``. Keys without that prefix are yours, whatever they are called. All

@@ -4,6 +4,7 @@ import copy
 import importlib.util
 import re
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -136,6 +137,7 @@ BROKEN = {
     "declares 'momentum', but its defaults have no such key": {"hyperparameters": ("lr", "momentum")},
     "declares the state 'master_param'": {"states": ("master_param",)},
     "declares the state 'ema_begun'": {"scalar_states": ("ema_begun",)},
+    "`choices` of Broken names 'form', which is none of its hyperparameters": {"choices": {"form": ("a", "b")}},
     "`begun` of Broken must name": {"begun": {"begun": "memory"}},
 }
 
@@ -166,6 +168,54 @@ def test_a_state_of_its_own_dtype_stays(backend):
 
 def test_a_whole_declaration_is_no_error():
     Whole([torch.zeros(1)])
+
+
+@triton.jit
+def scaled_scalars(hyper, scalar_states):
+    lr, form, twice = hyper
+    return (tl.where(form == 1, twice, lr),), (scalar_states[0] + 1,)
+
+
+class Named(Whole):
+    """A step of lr, or of twice as much, which follows from it."""
+
+    kernel = (scaled_scalars, update)
+    hyperparameters = ("lr", "form", "twice")
+    optional: ClassVar = {"form": "once", "twice": None}
+    choices: ClassVar = {"form": ("once", "doubled")}
+
+    def __init__(self, params, **defaults):
+        super().__init__(params, form="once", twice=None, **defaults)
+
+    @staticmethod
+    def settle_group(group, index):
+        if group.get("twice") is None:
+            group["twice"] = 2 * group["lr"]
+
+    @staticmethod
+    def scalars(hyper, scalar_states):
+        lr, form, twice = hyper
+        return (twice if form == 1 else lr,), (scalar_states[0] + 1,)
+
+
+@pytest.mark.parametrize("backend", ENGINES)
+def test_names_and_keys_that_follow_from_others(backend):
+    param = torch.nn.Parameter(torch.zeros(3, device=DEVICE))
+    optimizer = Named([param])
+    optimizer.backend, (group,) = backend, optimizer.param_groups
+    param.grad = torch.ones_like(param)
+    expected = 0.0
+    for form, change, step in (("once", {}, 0.1), ("doubled", {}, 0.2), ("doubled", {"lr": 0.5}, 0.2)):
+        group.update(form=form, **change)
+        optimizer.step()
+        expected -= step
+        torch.testing.assert_close(param, torch.full_like(param, expected))
+    del group["twice"]
+    optimizer.step()
+    torch.testing.assert_close(param, torch.full_like(param, expected - 1))
+    group["form"] = "trebled"
+    with pytest.raises(ValueError, match="form of group 0 must be one of 'once', 'doubled', but it is 'trebled'"):
+        optimizer.step()
 
 
 @pytest.mark.parametrize("message", BROKEN)
