@@ -36,7 +36,9 @@ def compiled_for(kernel):
     """
     usual, heaviest = kernel.dtypes in SIGNATURES, kernel.dtypes in (*HEAVIEST, QUANTIZED)
     if kernel.unscale:
-        return TESTED if kernel.dtypes in ("fp32", "bf16", HEAVIEST[0], QUANTIZED) and kernel.rule == ADAM else ["sm_90"]
+        return (
+            TESTED if kernel.dtypes in ("fp32", "bf16", HEAVIEST[0], QUANTIZED) and kernel.rule == ADAM else ["sm_90"]
+        )
     if (kernel.rule in (ADAM, MOMENTUM) and usual) or (kernel.rule == ADAM and heaviest) or kernel.id == "sgd-fp32":
         return TESTED
     if usual or kernel.dtypes in HEAVIEST:
