@@ -7,7 +7,6 @@ More examples, other ones each time:
 
 import os
 from collections import defaultdict
-from contextlib import contextmanager
 from unittest.mock import patch
 
 import pytest
@@ -22,8 +21,7 @@ from fusedopt.storage.averaging import EMA
 from fusedopt.storage.precision import KAHAN_COMP, MASTER_PARAM, kept_state, state_dtype
 from fusedopt.storage.quantized_tensor import Quantized
 from fusedopt.storage.states import ADDED
-from tests import rounding_oracle
-from tests.bounded import exact
+from tests import oracle, rounding_oracle
 from tests.cases import CASES, MODES
 from tests.conftest import DEVICE
 from tests.optimizer.fuzz_actions import ACTIONS, Actions, choose, lay
@@ -133,26 +131,10 @@ class Twins(Actions):
         factor = 1 / (getattr(self.ours, "grad_scale", None) or 1.0)
         max_grad_norm = self.ours.param_groups[0].get(KEYS["max_grad_norm"])
         if max_grad_norm is not None:
-            factor *= min(1.0, max_grad_norm / (factor * self.norm() + 1e-6))
+            squares = sum(grad.to(torch.complex128).abs().square().sum() for grad in self.grads if grad is not None)
+            factor *= min(1.0, max_grad_norm / (factor * float(squares) ** 0.5 + 1e-6))
         for (_, q), grad in zip(self.pairs, self.grads, strict=True):
             q.grad = None if grad is None else grad.to(q.dtype) * factor
-
-    def norm(self):
-        """Of all gradients together, in float64."""
-        grads = [lay(p.grad).to(torch.complex128) for p, _ in self.pairs if p.grad is not None]
-        return float(sum(grad.abs().square().sum() for grad in grads)) ** 0.5
-
-    @contextmanager
-    def twin_decay(self):
-        """In place of a form of weight decay that torch lacks, as much of the one that it has."""
-        kept = [true.get("weight_decay") for _, true in self.groups]
-        for mine, true in self.groups:
-            form = mine.get("weight_decay_form", "standard")
-            if form != "standard":
-                true["weight_decay"] *= (1 if form == "fully_decoupled" else float(mine["lr"])) / float(mine["max_lr"])
-        yield
-        for (_, true), weight_decay in zip(self.groups, kept, strict=True):
-            true.update({} if weight_decay is None else {"weight_decay": weight_decay})
 
     def value_of(self, p):
         """What a parameter stands for: of 16 bits, also what its rounding lost, as long as nobody has written it."""
@@ -161,7 +143,7 @@ class Twins(Actions):
         name = kept_state(p, group)
         if name not in state:
             return p.detach()
-        kept = rounding_oracle.with_kept(exact(p), {name: exact(state[name])}, p.dtype)
+        kept = rounding_oracle.with_kept(oracle.exact(p), {name: oracle.exact(state[name])}, p.dtype)
         return torch.from_numpy(kept.astype("float32")).to(p.device).reshape(p.shape)
 
     @torch.no_grad()
@@ -212,8 +194,7 @@ class Twins(Actions):
         assert self.ours.step(closure) == (closure and 1.5)
         self.fill_in()
         before = [{k: v.detach().clone() for k, v in {"": q, **self.theirs.state.get(q, {})}.items()} for _, q in pairs]
-        with self.twin_decay():
-            self.theirs.step()
+        self.theirs.step()
 
         self.forget_replaced()
         mine, true = (
