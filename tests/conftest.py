@@ -6,7 +6,9 @@ The choice has to stand in the environment before Triton is imported.
 import os
 
 os.environ["FUSEDOPT_DEBUG"] = "1"  # every step makes its tables anew and compares
+os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # which takes a good part of the time of a compilation
 
+import gc
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,6 +37,12 @@ DEVICE = "cuda" if HAS_GPU else "cpu"
 
 # The tests run side by side, one on each core.
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish():
+    """Thousands of tests are no garbage: nobody need look through them each time that a compiler has made objects."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items):

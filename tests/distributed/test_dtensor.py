@@ -41,7 +41,7 @@ def step_both(models, optimizers, dtype):
 
 
 MADE = [(name, dtype, {}) for name in OPTIMIZERS for dtype in (FP32, BF16)]
-MADE += [("AdamW", mode.dtype, mode.options) for mode in MODES]
+MADE += [("AdamW", mode.dtype, {"amsgrad": True, **mode.options}) for mode in MODES]
 
 
 @pytest.mark.parametrize(("name", "dtype", "options"), MADE, ids=str)

@@ -45,7 +45,7 @@ PLAIN = {
 }
 
 
-def stepped(cls=fusedopt.Adam, backend="auto", **options):
+def stepped(cls=fusedopt.SGD, backend="auto", **options):
     param = Parameter(torch.arange(5.0))
     optimizer = cls([param], backend=backend, **options)
     param.grad = torch.linspace(-1, 1, 5)
@@ -66,7 +66,7 @@ def run(code, **environment):
         text=True,
         check=False,
         cwd=ROOT,
-        timeout=60,
+        timeout=180,
         env={**inherited, **environment},
     )
     assert ran.returncode == 0, ran.stderr

@@ -20,6 +20,8 @@ from fusedopt.engines import direct, tables
 from fusedopt.kernels import multi_tensor
 
 CASES = {}
+CLIPPED = {"max_grad_norm": 1.0}
+AVERAGED = {"skip_nonfinite": True, "ema_decay": 0.9}
 
 
 class Recorder:
@@ -112,32 +114,28 @@ def assert_noticed(optimizer, comes_back=True):
 @case
 def every_argument_is_what_triton_gives():
     """In the plain, the clipped, the scaled and the rounded step, at any address of what comes with it."""
-    for options in ({}, {"max_grad_norm": 1.0}, {"rounding": "stochastic"}, {"skip_nonfinite": True, "ema_decay": 0.9}):
-        for name in ("AdamW", "SGD", "RAdam"):
-            for found_inf in (None, torch.zeros(4)[1], torch.zeros(())):
-                optimizer = settled(name, torch.bfloat16, **options)
-                if found_inf is not None:
-                    optimizer.found_inf, optimizer.grad_scale = found_inf, torch.ones(9)[3]
-                    launches_of(optimizer)
-                launches, by_triton = launches_of(optimizer)
-                assert by_triton == 0, f"{name} {options} is not direct"
-                with changed(direct, "answers", lambda kernel: ()):
-                    expected, by_triton = launches_of(optimizer)
-                assert (
-                    by_triton
-                    == len(expected)
-                    == len(launches)
-                    == 2 + ("max_grad_norm" in options or "skip_nonfinite" in options)
-                )
-                for ours, theirs in zip(launches, expected, strict=True):
-                    *ours, args = ours
-                    *theirs, others = theirs
-                    assert ours == theirs, f"{ours} for {theirs}"
-                    new = {"grad_norm_ptr"} if args.get("n_partials") else set()  # every step has one of its own
-                    assert {k: v for k, v in args.items() if k not in new} == {
-                        k: v for k, v in others.items() if k not in new
-                    }
-                    assert new <= args.keys()
+    steps = [("AdamW", options) for options in ({}, CLIPPED, AVERAGED)]
+    steps += [("SGD", {"rounding": "stochastic"}), ("RAdam", CLIPPED)]  # other numbers of states and of scalars
+    for name, options in steps:
+        for found_inf in (None, torch.zeros(4)[1], torch.zeros(())):
+            optimizer = settled(name, torch.bfloat16, **options)
+            if found_inf is not None:
+                optimizer.found_inf, optimizer.grad_scale = found_inf, torch.ones(9)[3]
+                launches_of(optimizer)
+            launches, by_triton = launches_of(optimizer)
+            assert by_triton == 0, f"{name} {options} is not direct"
+            with changed(direct, "answers", lambda kernel: ()):
+                expected, by_triton = launches_of(optimizer)
+            assert by_triton == len(expected) == len(launches) == 2 + (options in (CLIPPED, AVERAGED))
+            for ours, theirs in zip(launches, expected, strict=True):
+                *ours, args = ours
+                *theirs, others = theirs
+                assert ours == theirs, f"{ours} for {theirs}"
+                new = {"grad_norm_ptr"} if args.get("n_partials") else set()  # every step has one of its own
+                assert {k: v for k, v in args.items() if k not in new} == {
+                    k: v for k, v in others.items() if k not in new
+                }
+                assert new <= args.keys()
 
 
 @case

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import DEVICE
+from tests.once import once
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="imitates a GPU")
 
@@ -40,14 +41,18 @@ UNAFFECTED = {
 
 
 @pytest.fixture(scope="module")
-def told():
+def told(tmp_path_factory):
     pytest.importorskip("triton")
+    return json.loads(once(tmp_path_factory, "direct_steps.json", _run_all))
+
+
+def _run_all(directory):
     environment = {key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", "FUSEDOPT_DEBUG")}
     command = [sys.executable, "-m", "tests.engines.direct_steps"]
     root = Path(__file__).parents[2]
     result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout.splitlines()[-1])
+    return result.stdout.splitlines()[-1]
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -13,28 +13,39 @@ TESTED = ["sm_80", "sm_90", "gfx942"]
 EVERY_MODE = [*MODES, *AVERAGED]
 HEAVIEST = ["bfloat16-rounding=stochastic", "bfloat16-ema_decay=0.999-master_weights"]  # most registers and streams
 QUANTIZED = "float32-state_dtype=8bit"
+COUNTED = ["bfloat16-master_weights", "bfloat16-kahan"]  # whose instructions have a limit of their own
+MOMENTUM, ADAM = "sgd-momentum_buffer", "adam-exp_avg-exp_avg_sq"
 NUMBERS = [1, 2, 15, 16, 17, 2**31 - 1, 2**31, 2**40]
 UPDATES = updates_of(CASES, EVERY_MODE)
 PREPARES = prepares_of(UPDATES)
 UPDATES += unscaling(
     kernel
     for kernel in UPDATES
-    if kernel.rule in ("sgd", "adam-exp_avg-exp_avg_sq") and (not kernel.scales or kernel.dtypes == QUANTIZED)
+    if (kernel.rule == ADAM and (not kernel.scales or kernel.dtypes == QUANTIZED))
+    or (kernel.rule == "sgd" and kernel.dtypes in SIGNATURES)
 )
 SQUARES = list(map(SumSquares, DTYPES))
 
 
 def compiled_for(kernel):
-    """The targets: all for fp32, and for SGD and Adam with their usual states; sm_90 for the other rules.
+    """The targets: all for the usual dtypes of SGD and Adam and what is heaviest of Adam; sm_90 for the other rules.
 
-    A rule is the same text in every mode, and a mode the same for every rule, so that all modes are compiled with SGD
-    and Adam only, and with the other rules those of most code. `bench.static` compiles everything for all targets.
+    A rule is the same text in every mode, and a mode the same for every rule, so that the other modes are compiled with
+    the fewest states, those of SGD, and the most, those of AMSGrad. gfx942 has functions of its own and takes every
+    rule once; sm_80 has those of sm_90. `bench.static` compiles everything for all targets.
     """
-    is_usual = kernel.dtypes in (*SIGNATURES, *HEAVIEST)
-    usual_rule = kernel.rule in ("sgd-momentum_buffer", "adam-exp_avg-exp_avg_sq")
-    if kernel.dtypes == "fp32" or ((is_usual or kernel.dtypes == QUANTIZED) and usual_rule):
+    usual, heaviest = kernel.dtypes in SIGNATURES, kernel.dtypes in (*HEAVIEST, QUANTIZED)
+    if kernel.unscale:
+        return (
+            TESTED if kernel.dtypes in ("fp32", "bf16", HEAVIEST[0], QUANTIZED) and kernel.rule == ADAM else ["sm_90"]
+        )
+    if (kernel.rule in (ADAM, MOMENTUM) and usual) or (kernel.rule == ADAM and heaviest) or kernel.id == "sgd-fp32":
         return TESTED
-    return ["sm_90"] if is_usual or kernel.optimizer.kernel in ("sgd", "adam") else []
+    if usual or kernel.dtypes in HEAVIEST:
+        return ["sm_90", "gfx942"] if kernel.dtypes == "fp32" else ["sm_90"]
+    fewest = MOMENTUM if "state_dtype" in kernel.dtypes else "sgd"
+    counted = kernel.rule == ADAM and kernel.dtypes in COUNTED
+    return ["sm_90"] if counted or kernel.rule in (fewest, f"{ADAM}-max_exp_avg_sq") else []
 
 
 def prepared_for(kernel):

@@ -3,7 +3,6 @@
 The compilation runs once, in a process of its own: an interpreted function cannot be compiled.
 """
 
-import fcntl
 import json
 import os
 import subprocess
@@ -15,6 +14,7 @@ import pytest
 import torch
 
 from tests.kernels.compiled_kernels import PREPARES, SQUARES, TESTED, UPDATES, compiled_for, prepared_for
+from tests.once import once
 
 ROOT = Path(__file__).parents[2]
 COMPILED = [(kernel, target) for kernel in UPDATES for target in compiled_for(kernel)]
@@ -29,21 +29,13 @@ BEFORE += [(kernel, target, f"fusedopt_sum_squares_{kernel.dtype}") for kernel i
 
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory):
-    """The reports by "<kernel> <target>". The workers of pytest-xdist share them."""
-    directory = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        directory = directory.parent
-    result = directory / "compiled_kernels.json"
-    with open(directory / "compiled_kernels.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not result.exists():
-            result.write_text(_compile_all(directory / "triton_cache"))
-    return json.loads(result.read_text())
+    """The reports by "<kernel> <target>"."""
+    return json.loads(once(tmp_path_factory, "compiled_kernels.json", _compile_all))
 
 
-def _compile_all(cache):
+def _compile_all(directory):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(cache)}
+    environment |= {"TRITON_CACHE_DIR": str(directory / "triton_cache")}
     command = [sys.executable, "-m", "tests.kernels.compiled_kernels"]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert run.returncode == 0, run.stderr

@@ -8,7 +8,7 @@ import torch
 
 import fusedopt
 from tests.cases import BF16
-from tests.twins import BACKENDS, OPTIMIZERS, make, make_params, params_of, set_grads, snapshot
+from tests.twins import BACKENDS, KERNELS, OPTIMIZERS, make, make_params, params_of, set_grads, snapshot
 
 AROUND = {"max_grad_norm": 0.5, "skip_nonfinite": True, "ema_decay": 0.9, "rounding": "stochastic"}
 
@@ -44,9 +44,13 @@ def trained(name, backend, options, gradients, begin=lambda: None):
     return left["params"], list(left["state"].values())
 
 
-@pytest.mark.parametrize("options", [{}, AROUND], ids=str)
-@pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("backend", BACKENDS)
+# What is around a rule is the same for all of them, so that the kernels have it with two.
+RUNS = [(backend, name, {}) for backend in BACKENDS for name in OPTIMIZERS]
+RUNS += [("eager", name, AROUND) for name in OPTIMIZERS]
+RUNS += [(KERNELS, name, AROUND) for name in ("Adagrad", "AdamW")]
+
+
+@pytest.mark.parametrize(("backend", "name", "options"), RUNS, ids=str)
 def test_nothing_is_made_on_the_default_device(name, backend, options, no_values):
     params = make_params(BF16)
     gradients = []

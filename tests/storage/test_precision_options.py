@@ -7,10 +7,10 @@ import torch
 
 import fusedopt
 import fusedopt.engines.tables
-from tests.cases import BF16, FP16, FP32
+from tests.cases import BF16, FP16, FP32, Mode
 from tests.conftest import DEVICE
 from tests.optimizer.test_custom import readme_class  # noqa: F401
-from tests.storage.test_precision_state import between_two, every_mode, make_params
+from tests.storage.test_precision_state import between_two, make_params
 from tests.twins import BACKENDS, bits, in_group, set_grads, snapshot, train
 
 pytestmark = pytest.mark.parametrize("backend", BACKENDS)
@@ -42,7 +42,16 @@ def test_complex_states_have_parts_of_the_dtype(backend):
     assert {optimizer.state[param][name].dtype for name in ("exp_avg", "exp_avg_sq")} == {torch.complex64}
 
 
-@every_mode
+# Every option; what they make of each other is the same for any rule.
+OWN = [
+    Mode(FP32, {"state_dtype": BF16}),
+    Mode(BF16, {"master_weights": True, "rounding": "stochastic"}),
+    Mode(FP16, {"kahan": True}),
+    Mode(BF16, {"state_dtype": "8bit", "rounding": "stochastic"}),
+]
+
+
+@pytest.mark.parametrize("mode", OWN, ids=lambda mode: mode.id)
 def test_a_users_own_rule(readme_class, mode, backend):  # noqa: F811
     """The AdaBelief of docs/custom.md takes the options of every optimizer, and does what a wide run does."""
     params, wide_params = make_params(mode.dtype), [p.detach().float() for p in make_params(mode.dtype)]
