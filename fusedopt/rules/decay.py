@@ -34,11 +34,8 @@ CHOICES: dict[str, tuple[str, ...]] = {"weight_decay_form": FORMS}
 def factors(lr: float, weight_decay: float, form: float, max_lr: float) -> tuple[float, float]:
     """For elements whose sign is not the opposite of the update's, and for those whose sign is."""
     cautious, coupling = divmod(int(form), len(COUPLINGS))
-    if coupling == 0:
-        rate = lr
-    else:
-        relative_lr = lr / max_lr
-        rate = relative_lr if coupling == 1 else lr * relative_lr
+    relative_lr = 1.0 if coupling == 0 else lr / max_lr
+    rate = (1.0 if coupling == 1 else lr) * relative_lr
     decay = 1 - rate * weight_decay
     return decay, 1.0 if cautious else decay
 

@@ -107,11 +107,12 @@ class SGD(FusedOptimizer):
         super().__init__(params, defaults, **common)
 
     def uses(self, name: str, group: Group) -> bool:
-        momentum, dampening = (lies_on_device(group[key]) or group[key] != 0 for key in ("momentum", "dampening"))
+        momentum, dampening = group["momentum"], group["dampening"]
+        has_buffer = lies_on_device(momentum) or momentum != 0
         if name == "momentum_begun":  # dampening tells the first step from the others, and state_dict() does
-            told_apart = self._stepper.may_skip or dampening
-            return momentum and told_apart and not group.get("zero_init_momentum")
-        return momentum
+            told_apart = self._stepper.may_skip or lies_on_device(dampening) or dampening != 0
+            return has_buffer and told_apart and not group.get("zero_init_momentum")
+        return has_buffer
 
     def init_state(self, param: Tensor, state: dict[str, Any], group: Group) -> None:
         if state.get("momentum_buffer") is None and self.uses("momentum_buffer", group):

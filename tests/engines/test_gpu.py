@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import fusedopt
+from fusedopt.options import KEYS
 from tests.twins import assert_same, make_params, params_of, set_grads
 
 pytestmark = pytest.mark.gpu
@@ -61,6 +62,41 @@ def test_replays_follow_a_tensor_lr(options):
         torch.cuda.synchronize()
         del junk
         assert_same(optimizer, twin)
+
+
+def test_every_number_on_the_device_is_live_in_a_graph():
+    """Nothing waits for one at the capture, and a replay reads what it holds then."""
+    first = {
+        "lr": 0.1,
+        "weight_decay": 0.1,
+        "max_lr": 0.2,
+        "max_grad_norm": 0.5,
+        "skip_grad_norm": 1e6,
+        "ema_decay": 0.5,
+    }
+    live = {name: torch.tensor(number, device="cuda") for name, number in first.items()}
+    live["betas"] = tuple(torch.tensor(beta, device="cuda") for beta in (0.9, 0.99))
+    options = {"capturable": True, "weight_decay_form": "cautious_corrected"}
+    optimizer = warmed_up(fusedopt.AdamW(make_params(torch.float32), **options, **live))
+    numbers = {name: float(number) for name, number in live.items() if name != "betas"}
+    twin = warmed_up(fusedopt.AdamW(make_params(torch.float32), betas=(0.9, 0.99), **options, **numbers))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    (group,) = twin.param_groups
+    changes = [*((name, 0.7 * number) for name, number in first.items()), ("skip_grad_norm", 1e-6), ("lr", 0.05)]
+    for seed, (name, number) in enumerate(changes, start=2):
+        live[name].fill_(number)
+        group[KEYS.get(name, name)] = float(live[name])
+        live["betas"][0].fill_(0.9 - 0.05 * seed)
+        group["betas"] = float(live["betas"][0]), float(live["betas"][1])
+        static_grads(optimizer, seed)
+        static_grads(twin, seed)
+        graph.replay()
+        twin.step()
+        torch.cuda.synchronize()
+        assert_same(optimizer, twin)
+    assert int(optimizer.skipped_steps) == int(twin.skipped_steps) == 2
 
 
 def test_a_whole_training_step_is_captured():
