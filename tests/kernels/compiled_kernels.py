@@ -13,8 +13,7 @@ TESTED = ["sm_80", "sm_90", "gfx942"]
 EVERY_MODE = [*MODES, *AVERAGED]
 HEAVIEST = ["bfloat16-rounding=stochastic", "bfloat16-ema_decay=0.999-master_weights"]  # most registers and streams
 QUANTIZED = "float32-state_dtype=8bit"
-COUNTED = ["bfloat16-master_weights", "bfloat16-kahan"]  # whose instructions have a limit of their own
-MOMENTUM, ADAM = "sgd-momentum_buffer", "adam-exp_avg-exp_avg_sq"
+MOMENTUM, ADAM, AMSGRAD = "sgd-momentum_buffer", "adam-exp_avg-exp_avg_sq", "adam-exp_avg-exp_avg_sq-max_exp_avg_sq"
 NUMBERS = [1, 2, 15, 16, 17, 2**31 - 1, 2**31, 2**40]
 UPDATES = updates_of(CASES, EVERY_MODE)
 PREPARES = prepares_of(UPDATES)
@@ -31,7 +30,7 @@ def compiled_for(kernel):
     """The targets: all for the usual dtypes of SGD and Adam and what is heaviest of Adam; sm_90 for the other rules.
 
     A rule is the same text in every mode, and a mode the same for every rule, so that the other modes are compiled with
-    the fewest states, those of SGD, and the most, those of AMSGrad. gfx942 has functions of its own and takes every
+    SGD and Adam only, averages with the fewest and the most states. gfx942 has functions of its own and takes every
     rule once; sm_80 has those of sm_90. `bench.static` compiles everything for all targets.
     """
     usual, heaviest = kernel.dtypes in SIGNATURES, kernel.dtypes in (*HEAVIEST, QUANTIZED)
@@ -43,9 +42,8 @@ def compiled_for(kernel):
         return TESTED
     if usual or kernel.dtypes in HEAVIEST:
         return ["sm_90", "gfx942"] if kernel.dtypes == "fp32" else ["sm_90"]
-    fewest = MOMENTUM if "state_dtype" in kernel.dtypes else "sgd"
-    counted = kernel.rule == ADAM and kernel.dtypes in COUNTED
-    return ["sm_90"] if counted or kernel.rule in (fewest, f"{ADAM}-max_exp_avg_sq") else []
+    some = ("sgd", AMSGRAD) if "ema_decay" in kernel.dtypes else ("sgd", MOMENTUM, ADAM, AMSGRAD)
+    return ["sm_90"] if kernel.rule in some else []
 
 
 def prepared_for(kernel):

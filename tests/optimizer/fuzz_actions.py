@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import ExponentialLR
 
 import fusedopt
 from fusedopt.options import COUNTERS, KEYS, SHARED
+from fusedopt.storage.quantized_tensor import Quantized
 from fusedopt.storage.states import ADDED
 from tests.twins import snapshot
 
@@ -283,8 +284,9 @@ class Actions:
         p, q = self.pick(draw)
         if p.shape == (3, 3):
             for name in self.ours.state.get(p, {}).keys() & self.ours.states:
-                self.ours.state[p][name].t_()
-                self.theirs.state[q][name].t_()
+                if not isinstance(self.ours.state[p][name], Quantized):  # which refuses to be turned in place
+                    self.ours.state[p][name].t_()
+                    self.theirs.state[q][name].t_()
 
     def state_edited(self, draw):
         p, q, name = self.pick_state(draw)

@@ -123,7 +123,8 @@ class Twins(Actions):
                 if q.grad is not None and self.case.optimizer != "SGD" and (state or self.case.optimizer == "Adagrad"):
                     fresh = {}
                     self.ours.init_state(q.detach(), fresh, mine)
-                    fresh.update({k: v.to(q.dtype) for k, v in fresh.items() if k in self.ours.states})
+                    plain = {k: v.dequantize() if isinstance(v, Quantized) else v for k, v in fresh.items()}
+                    fresh.update({k: v.to(q.dtype) for k, v in plain.items() if k in self.ours.states})
                     fresh.update({k: torch.tensor(float(v)) for k, v in fresh.items() if k in self.ours.scalar_states})
                     self.theirs.state[q] = {**fresh, **state}
 
@@ -250,11 +251,17 @@ class Twins(Actions):
         self.meet()
 
     def tolerances(self):
-        """By the address of a parameter, since two may share it: that of the coarsest tensor in its update."""
+        """By the address of a parameter, since two may share it: that of the coarsest tensor in its update.
+
+        Of a parameter that stands twice, the second update takes a state that the first has coded in 8 bits.
+        """
         tolerances = defaultdict(float)
         for p, q in self.pairs:
             states = [value for name, value in self.ours.state.get(p, {}).items() if name not in EXACT]
             coarsest = max(TOLERANCE[tensor.dtype.to_real()] for tensor in (self.value_of(p), q, *states))
+            times = sum(p is other for other, _ in self.pairs)
+            if times > 1 and any(isinstance(state, Quantized) for state in states):
+                coarsest = times * STEP
             tolerances[p.data_ptr()] = max(coarsest, tolerances[p.data_ptr()])
         return tolerances
 
