@@ -164,11 +164,16 @@ def check_number(value: Any, name: str, index: int) -> None:
 def share_equal_tensors(groups: Sequence[Group]) -> None:
     """Make one tensor of those that `SHARED` options have in several groups, since a checkpoint may have copies."""
     for name in SHARED:
-        first = option(groups[0], name)
-        for group in groups[1:]:
+        first: Any = None
+        for group in groups:
             value = option(group, name)
-            if isinstance(value, Tensor) and isinstance(first, Tensor) and float(value) == float(first):
+            first = value if first is None else first
+            if isinstance(value, Tensor) and isinstance(first, Tensor) and _same_tensor(value, first):
                 group[KEYS[name]] = first
+
+
+def _same_tensor(a: Tensor, b: Tensor) -> bool:
+    return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device) and torch.equal(a, b)
 
 
 def check_group(groups: Sequence[Group], index: int) -> None:
