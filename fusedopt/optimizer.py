@@ -100,10 +100,10 @@ class FusedOptimizer(torch.optim.Optimizer):
     what they hold then, and kernels wait for none that lies on a device. Such a one is not checked.
 
     For one group alone, or later, set an option by its key in the param group, which is its name after ``fusedopt_``:
-    ``{"params": params, "fusedopt_ema_decay": 0.9}``. Keys without that prefix are yours, whatever they are called. All
-    but `backend` have such a key; `max_grad_norm`, `skip_nonfinite` and `skip_grad_norm` are the same in all groups. A
-    group has the options that differ from their defaults, and the seed of stochastic rounding; where a loaded one has
-    none, this optimizer's stay.
+    ``{"params": params, "fusedopt_ema_decay": 0.9}``. Keys without that prefix are yours, unless the class has an
+    argument of that name. All but `backend` have such a key; `max_grad_norm`, `skip_nonfinite` and `skip_grad_norm` are
+    the same in all groups. A group has the options that differ from their defaults, and the seed of stochastic
+    rounding; where a loaded one has none, this optimizer's stay.
 
     ``torch.amp.GradScaler`` leaves unscaling and skipping to the step where kernels step all parameters, and no
     hook, no wrapper and no `step` of a subclass would see scaled gradients: by its attributes `grad_scale`, which the

@@ -70,16 +70,7 @@ class Adam(FusedOptimizer):
     """
 
     kernel = "adam"
-    hyperparameters = (
-        "lr",
-        "betas",
-        "eps",
-        "weight_decay",
-        "maximize",
-        "decoupled_weight_decay",
-        "weight_decay_form",
-        "max_lr",
-    )
+    hyperparameters = ("lr", "betas", "eps", "weight_decay", "maximize", "decoupled_weight_decay", *OPTIONAL)
     options = ("amsgrad", "fused")
     optional = OPTIONAL
     choices = CHOICES

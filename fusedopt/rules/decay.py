@@ -27,6 +27,7 @@ from ..protocol import Group
 COUPLINGS = ("standard", "fully_decoupled", "corrected")
 # `factors` gets the place of the name. Where the decay is cautious, it is as many places further.
 FORMS = (*COUPLINGS, "cautious", "cautious_fully_decoupled", "cautious_corrected")
+# In the order of the hyperparameters.
 OPTIONAL: Group = {"weight_decay_form": "standard", "max_lr": None}
 CHOICES: dict[str, tuple[str, ...]] = {"weight_decay_form": FORMS}
 

@@ -48,7 +48,7 @@ class Lion(FusedOptimizer):
     """
 
     kernel = "lion"
-    hyperparameters = ("lr", "betas", "weight_decay", "maximize", "weight_decay_form", "max_lr")
+    hyperparameters = ("lr", "betas", "weight_decay", "maximize", *OPTIONAL)
     options = ("fused",)
     optional = OPTIONAL
     choices = CHOICES

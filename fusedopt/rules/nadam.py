@@ -64,8 +64,7 @@ class NAdam(FusedOptimizer):
         "momentum_decay",
         "maximize",
         "decoupled_weight_decay",
-        "weight_decay_form",
-        "max_lr",
+        *OPTIONAL,
     )
     optional = OPTIONAL
     choices = CHOICES

@@ -55,16 +55,7 @@ class RAdam(FusedOptimizer):
     """
 
     kernel = "radam"
-    hyperparameters = (
-        "lr",
-        "betas",
-        "eps",
-        "weight_decay",
-        "maximize",
-        "decoupled_weight_decay",
-        "weight_decay_form",
-        "max_lr",
-    )
+    hyperparameters = ("lr", "betas", "eps", "weight_decay", "maximize", "decoupled_weight_decay", *OPTIONAL)
     optional = OPTIONAL
     choices = CHOICES
     settle_group = staticmethod(settle)

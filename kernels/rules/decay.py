@@ -6,6 +6,7 @@ from ..language import tl, triton
 @triton.jit
 def factors(lr, weight_decay, form, max_lr):
     """For elements whose sign is not the opposite of the update's, and for those whose sign is."""
+    # By the places in FORMS: 0 standard, 1 fully decoupled, 2 corrected; three further, the same cautiously.
     relative_lr = tl.where((form == 0) | (form == 3), 1.0, lr / max_lr)
     rate = tl.where((form == 1) | (form == 4), 1.0, lr) * relative_lr
     decay = 1 - rate * weight_decay
