@@ -19,8 +19,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .engines.choice import check_dtypes, check_reach, engine
-from .engines.kernel_step import KernelStep
-from .engines.reference import ReferenceStep
+from .engines.elementwise import ElementwiseStep
 from .options import option, takes_all_gradients
 from .protocol import Begun, OptimizerLike
 from .step import layout
@@ -127,14 +126,12 @@ class Plan:
         self._grad_watch: Watch | None = None
         for entry, param in zip(self.entries, live.params, strict=True):
             entry.plain = is_plain(entry, param, live.rows[entry.row][len(entry.scalar_names) :])
-        in_kernels = [entry.kernels for entry in self.entries]
-        self._reference = None if all(in_kernels) else ReferenceStep(self.entries, live)
-        self._kernels = KernelStep(optimizer, self.entries, live, hyper.count) if any(in_kernels) else None
+        self._step = ElementwiseStep(optimizer, self.entries, live, hyper.count)
         self._compiled: set[tuple[bool, bool]] = set()  # the kinds of steps for which all kernels are there
-        self.device = torch.device("cpu") if self._kernels is None else self._kernels.device  # where it is decided
+        self.device = self._step.device  # where it is decided
         # The reference works on the tensors themselves, wherever they lie.
         watched = live.watched if self._watchable else []
-        self._watch = Watch(watched, addresses=self._watchable and self._kernels is not None)
+        self._watch = Watch(watched, addresses=self._watchable and self._step.has_kernels)
         self._coded_watch = Watch(live.coded if self._watchable else [], addresses=False)
 
     def grad_metas(self) -> dict[int, tuple[Any, ...] | None]:
@@ -203,7 +200,7 @@ class Plan:
             return None  # a state is gone, no tensor any more, or without an address
         if self._begins and self._ids_of_begun(live) != self._begun_ids:
             return None
-        if not self._grads_lie_as_known(live) or not (self._kernels is None or self._kernels.is_current()):
+        if not self._grads_lie_as_known(live) or not self._step.is_current():
             return None
         return live
 
@@ -218,8 +215,8 @@ class Plan:
     def compile(self, unscale: bool, reads_gradients: bool) -> None:
         """Compile what a step launches. CompileError where that cannot be; nothing has been written then."""
         kind = unscale, reads_gradients
-        if self._kernels is not None and kind not in self._compiled:
-            self._kernels.compile(unscale, reads_gradients)
+        if kind not in self._compiled:
+            self._step.compile(unscale, reads_gradients)
             self._compiled.add(kind)
 
     @property
@@ -235,13 +232,7 @@ class Plan:
             if self._compares_ranks and not gate.is_captured:
                 self._compare_ranks(optimizer, live)
         shared = [] if gate.grad_scale is None or self._is_dry else self._grad_memory.part(live)
-        if self._reference is not None and gate.reads_gradients:
-            self._reference.read_gradients(live, gate)
-        if self._kernels is not None:
-            self._kernels.run(live, hyper, gate)
-        gate.ask_ranks()
-        if self._reference is not None:
-            self._reference.run(optimizer, live, hyper, gate)
+        self._step.run(optimizer, live, hyper, gate)
         for grad, copy in shared:
             layout.write_back(grad, copy)
         if gate.ranks is not None and not gate.decided:
@@ -266,9 +257,9 @@ class Plan:
 
     def describes_the_same(self, other: Plan) -> bool:
         """Whether two plans would step the same memory in the same way."""
-        tables = [None if plan._kernels is None else plan._kernels.describe() for plan in (self, other)]
+        told = [plan._step.describe() for plan in (self, other)]
         addresses = [plan._watch.addresses for plan in (self, other)]
-        return self.entries == other.entries and addresses[0] == addresses[1] and tables[0] == tables[1]
+        return self.entries == other.entries and addresses[0] == addresses[1] and told[0] == told[1]
 
     def _ids_of_begun(self, live: Live) -> list[int]:
         """Which states the numbers tell of that say whether they have begun."""

@@ -215,7 +215,7 @@ def test_what_a_graph_reads_is_kept(graph):
 
 def test_a_capture_allocates_no_pinned_memory(graph, monkeypatch):
     """PyTorch records a copy from pinned memory only, and cannot always allocate any meanwhile."""
-    tables = stepped(make())._stepper.plan._kernels._tables[0]
+    tables = stepped(make())._stepper.plan._step._kernels._tables[0]
     allocated = []
 
     def empty(*size, pin_memory, **options):
