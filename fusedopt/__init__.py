@@ -10,6 +10,7 @@ from .rules.adam import Adam, AdamW
 from .rules.adamax import Adamax
 from .rules.asgd import ASGD
 from .rules.lion import Lion
+from .rules.muon import Muon
 from .rules.nadam import NAdam
 from .rules.radam import RAdam
 from .rules.rmsprop import RMSprop
@@ -27,6 +28,7 @@ __all__ = [
     "Adamax",
     "FusedOptimizer",
     "Lion",
+    "Muon",
     "NAdam",
     "RAdam",
     "RMSprop",

@@ -260,6 +260,14 @@ class FusedOptimizer(torch.optim.Optimizer):
             index: of the group, for a message.
         """
 
+    def product(self, group: Group) -> Any:
+        """What is done to the direction of a group's matrices before they take it, None for an element-wise group.
+
+        Where it is not None, `direction` and `descent` of the class and of its kernels step a parameter in place of
+        `reference` and `update`: `Muon` tells how.
+        """
+        return None
+
     def init_state(self, param: Tensor, state: dict[str, Any], group: Group) -> None:
         """Create the states that a parameter lacks: 0 for each number, zeros for each tensor."""
         for name in self.scalar_states:

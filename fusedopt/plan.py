@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from .engines.choice import check_dtypes, check_reach, engine
 from .engines.elementwise import ElementwiseStep
+from .matrices.step import MatrixStep
 from .options import option, takes_all_gradients
 from .protocol import Begun, OptimizerLike
 from .step import layout
@@ -126,7 +127,11 @@ class Plan:
         self._grad_watch: Watch | None = None
         for entry, param in zip(self.entries, live.params, strict=True):
             entry.plain = is_plain(entry, param, live.rows[entry.row][len(entry.scalar_names) :])
-        self._step = ElementwiseStep(optimizer, self.entries, live, hyper.count)
+        self._step = (
+            MatrixStep(optimizer, self.entries, params, live, hyper.count, previous and previous._step)
+            if any(optimizer.product(group) is not None for group in optimizer.param_groups)
+            else ElementwiseStep(optimizer, self.entries, live, hyper.count)
+        )
         self._compiled: set[tuple[bool, bool]] = set()  # the kinds of steps for which all kernels are there
         self.device = self._step.device  # where it is decided
         # The reference works on the tensors themselves, wherever they lie.
@@ -229,8 +234,9 @@ class Plan:
         gate.is_dry = self._is_dry
         if gate.needs_ranks and self._ranks and not self._is_dry:
             gate.ranks = self._ranks
-            if self._compares_ranks and not gate.is_captured:
-                self._compare_ranks(optimizer, live)
+        exchanges = self._step.exchanges and not self._is_dry
+        if (gate.ranks is not None or exchanges) and self._compares_ranks and not gate.is_captured:
+            self._compare_ranks(optimizer, live)
         shared = [] if gate.grad_scale is None or self._is_dry else self._grad_memory.part(live)
         self._step.run(optimizer, live, hyper, gate)
         for grad, copy in shared:
@@ -292,6 +298,7 @@ def used_states(optimizer: OptimizerLike) -> list[tuple[Any, ...]]:
             *(option(group, name) for name in PRECISION),
             option(group, "ema_decay") is not None,
             takes_all_gradients(group) is not None,
+            optimizer.product(group),
         )
         for group in optimizer.param_groups
     ]

@@ -57,6 +57,10 @@ class OptimizerLike(Protocol):
         """Check a group, and add the keys that follow from others."""
         ...
 
+    def product(self, group: Group) -> Any:
+        """What is done to the direction of a group's matrices before they take it, None for an element-wise group."""
+        ...
+
     def init_state(self, param: Tensor, state: dict[str, Any], group: Group) -> None:
         """Create the states of the class that a parameter lacks."""
         ...

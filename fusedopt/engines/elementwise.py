@@ -31,6 +31,8 @@ class ElementwiseStep:
         self._reference = None if all(in_kernels) else ReferenceStep(entries, live)
         self._kernels = KernelStep(optimizer, entries, live, n_hyper) if any(in_kernels) else None
 
+    exchanges = False  # whether ranks bring each other anything beside what the gate asks
+
     @property
     def has_kernels(self) -> bool:
         """Whether kernels step any of the entries."""

@@ -158,6 +158,7 @@ def signature_of(optimizer: OptimizerLike, entry: Entry, param: torch.dtype, nam
         entry.kept,
         entry.seed is not None,
         entry.averaged,
+        entry.update,
     )
 
 

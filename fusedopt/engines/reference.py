@@ -29,6 +29,7 @@ class ReferenceStep:
         self._pick = tuple_getter(positions) if len(mine) < len(entries) else tuple
         self._rounds = any(entry.seed is not None for entry in self._entries)
         self._counts_steps = any(entry.scalar_names for entry in self._entries)
+        self._updates = {entry.update for entry in self._entries}
         self._version = -1  # of the numbers from which the scalars have been computed
         self._scalars: _Scalars
         # A sixth less for every operation than under no_grad. This is what torch.inference_mode() does, without its two
@@ -57,7 +58,7 @@ class ReferenceStep:
                 _Scalars(optimizer, hyper.rows, dry.item if gate.is_dry else Tensor.item),
             )
         computed = self._scalars
-        reference = optimizer.reference
+        references = {update: reference_of(optimizer, update) for update in self._updates}
         no_states = (None,) * len(optimizer.states)
         rounding_step = self._rounding_step(gate) if live.present else 0
         group = -1
@@ -76,9 +77,9 @@ class ReferenceStep:
                     states = entry.pick_states(row) if entry.state_names else no_states
                     if unscale != 1:
                         layout.scale(grad, unscale)
-                    reference(param, grad if clip == 1 else grad * clip, states, scalars)
+                    references[entry.update](param, grad if clip == 1 else grad * clip, states, scalars)
                 else:
-                    weights = _widened(optimizer, entry, param, (grad, unscale * clip), row, scalars, rounding_step)
+                    weights = _widened(references[entry.update], entry, param, (grad, unscale * clip), row, scalars, rounding_step)
                     if unscale != 1:  # afterwards: the step has not seen what rounding makes of it
                         layout.scale(grad, unscale)
                 if entry.averaged:
@@ -125,8 +126,14 @@ class _Scalars:
         return self._computed[key]
 
 
+def reference_of(optimizer: OptimizerLike, update: str) -> Callable[..., None]:
+    """The function of a rule in plain torch: `reference` for `update`, another one by its own name."""
+    function: Callable[..., None] = getattr(optimizer, "reference" if update == "update" else update)
+    return function
+
+
 def _widened(
-    optimizer: OptimizerLike,
+    reference: Callable[..., None],
     entry: Entry,
     param: Tensor,
     scaled_grad: tuple[Tensor, float],
@@ -137,6 +144,7 @@ def _widened(
     """Convert what is stored in another dtype to that of the arithmetic, and round once when it is stored again.
 
     Args:
+        reference: what steps a parameter in plain torch.
         scaled_grad: the gradient, and what it is multiplied by.
         rounding_step: how many steps have been rounded at random, this one included.
 
@@ -156,7 +164,7 @@ def _widened(
         work = rounding.with_master(work, _widen(kept, dtype), stored_dtype)
     elif entry.kept == KAHAN_COMP:
         work = rounding.with_compensation(work, _widen(kept, dtype), stored_dtype)
-    optimizer.reference(work, grad if factor == 1 else grad * factor, states, scalars)
+    reference(work, grad if factor == 1 else grad * factor, states, scalars)
     if entry.kept == MASTER_PARAM:
         _narrow(kept, work)
     elif entry.kept == KAHAN_COMP:

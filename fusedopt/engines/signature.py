@@ -11,7 +11,7 @@ import torch
 
 from ..protocol import OptimizerLike
 from ..storage.averaging import ema_dtype
-from ..storage.precision import kept_dtype
+from ..storage.precision import NOTHING, kept_dtype
 from ..storage.quantized import CODES
 from .choice import triton_interprets
 
@@ -23,11 +23,11 @@ def launch_options(warp_size: int) -> dict[str, Any]:
     return {"num_warps": THREADS // warp_size, "enable_fp_fusion": True}
 
 
-def rule(optimizer: type[OptimizerLike]) -> tuple[Any, Any]:
-    """The two device functions of an optimizer: its scalars and its update."""
+def rule(optimizer: type[OptimizerLike], update: str = "update") -> tuple[Any, Any]:
+    """The two device functions of an optimizer: its scalars, and its update or another one of this name."""
     if isinstance(optimizer.kernel, str):
         module = import_module(f"fusedopt.kernels.rules.{optimizer.kernel}")
-        return module.scalars, module.update
+        return module.scalars, getattr(module, update)
     return optimizer.kernel
 
 
@@ -50,6 +50,7 @@ class Signature:
     kept: str | None = None  # the state that holds what rounding the parameter loses
     stochastic: bool = False
     averaged: bool = False
+    update: str = "update"  # the function of the rule
 
     @property
     def quantized(self) -> bool:
@@ -59,7 +60,7 @@ class Signature:
     @property
     def streams(self) -> list[torch.dtype]:
         """The dtype of every stream."""
-        kept = [] if self.kept is None else [kept_dtype(self.kept, self.param)]
+        kept = [] if self.kept in (None, NOTHING) else [kept_dtype(self.kept, self.param)]
         ema = [ema_dtype(self.param)] if self.averaged else []
         return [self.param, self.grad, *(dtype for dtype in self.states if dtype is not None), *kept, *ema]
 

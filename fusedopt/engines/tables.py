@@ -122,7 +122,7 @@ class Tables:
         self.pick = tuple_getter(self.positions)
         self.device = device
         self.uploads = Uploads(device)
-        self._scalars_rule, self._update_rule = rule(type(optimizer))
+        self._scalars_rule, _ = rule(type(optimizer))
         self._n_hyper = n_hyper
         self._n_scalars = n_scalars = count_scalars(type(optimizer), n_hyper)
         self._n_scalar_states = len(optimizer.scalar_states)
@@ -180,6 +180,7 @@ class Tables:
         self._updates = [
             (
                 signature,
+                rule(type(optimizer), signature.update)[1],
                 (
                     len(chunks),
                     sum(item.numel for item in same),
@@ -231,12 +232,15 @@ class Tables:
                 N_SCALARS=self._n_scalars,
                 HYPER_TENSORS=kind[0],
             )
-            same = {"UPDATE": self._update_rule, "N_SCALARS": self._n_scalars, "UNSCALE": unscale}
+            same = {"N_SCALARS": self._n_scalars, "UNSCALE": unscale}
             nothing = self._one, self._zero, self._unread, self._unread, self._unskipped, self._unrounded, 0, 0
             self._bound[kind] = Launches(
                 prepare.bound(*self._prepare),
                 prepare.bound(*self._prepare, *nothing),
-                [self._kernels.update(signature, **same).bound(*args) for signature, args in self._updates],
+                [
+                    self._kernels.update(signature, UPDATE=update, **same).bound(*args)
+                    for signature, update, args in self._updates
+                ],
             )
         return self._bound[kind]
 
@@ -257,6 +261,7 @@ class Tables:
     def _prepare_gated(self, prepare: Launch, gate: Gate) -> None:
         """Have `prepare` decide, and count."""
         n_partials, partials, grad_norm = 0, self._unread, self._unread
+        gate.skip = self._control[1] if gate.skip is None else gate.skip
         if gate.partials:
             partials = gate.partials_on(self.device)
             n_partials = partials.shape[0]

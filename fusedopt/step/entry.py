@@ -47,6 +47,7 @@ class Entry:
     first: int = 0  # how many elements of a sharded parameter come before those of this rank
     row: int = -1  # of its states among those of the optimizer
     plain: bool = False
+    update: str = "update"  # the function of the rule that steps it, `reference` in torch
 
     @property
     def kernels(self) -> bool:
@@ -81,7 +82,7 @@ class Entry:
         return self.scalar_names[len(self.begun_names) :]
 
 
-def _state_picker(
+def state_picker(
     all_names: Sequence[str], names: Sequence[str], n_scalars: int
 ) -> Callable[[Row], Sequence[Tensor | None]]:
     """How to get the states that `reference` expects out of a row, which begins with scalar states."""
@@ -140,7 +141,7 @@ def entries_of(
             scalar_names.index(name) if name in scalar_names else -1 for name in optimizer.scalar_states
         )
         state_names = tuple(name for name in optimizer.states if optimizer.uses(name, group))
-        pick_states = _state_picker(optimizer.states, state_names, len(scalar_names))
+        pick_states = state_picker(optimizer.states, state_names, len(scalar_names))
         for position, param in enumerate(group["params"]):
             name = _name(optimizer, group_index, position)
             if not isinstance(param, Tensor):

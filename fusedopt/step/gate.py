@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Sequence
 
@@ -32,7 +33,7 @@ class Gate:
 
     def __init__(self, hyper: Hyper, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
         self.grad_scale = grad_scale
-        self.found_inf = found_inf
+        self.found_inf: Tensor | float | None = found_inf
         self._limits = hyper.limits
         self._skips = hyper.may_skip  # by itself
         self.reads_gradients = hyper.reads_gradients  # to decide
@@ -46,6 +47,7 @@ class Gate:
         self.is_captured = False  # in a CUDA graph
         self._asked = False
         self.decided = False
+        self.skip: Tensor | float | None = None  # whether the step is skipped, once that is decided
         self.grad_norm: Tensor | None = None  # float64, once it is known
 
     @property
@@ -136,7 +138,17 @@ class Gate:
         counter = self.take_counter()
         if counter is not None and skip:
             counter.add_(1)
+        self.skip = float(skip)
         return skip, unscale, clip
+
+    def after(self) -> Gate:
+        """The gate of what the same step does afterwards: lets pass, as it is, what this one has let pass."""
+        after = copy.copy(self)
+        after.grad_scale, after.found_inf = None, self.skip
+        after.reads_gradients, after.rounds, after.decided = False, False, False
+        after.ranks = after.skipped_steps = None
+        after.partials, after._of_shards = [], []
+        return after
 
 
 def settled_counter(groups: Sequence[Group], key: str, counter: Tensor | int, device: torch.device) -> Tensor:

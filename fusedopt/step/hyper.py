@@ -1,5 +1,8 @@
 """The hyperparameters of every group as float64 numbers, re-read at each step."""
 
+from __future__ import annotations
+
+import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, chain, compress
@@ -71,6 +74,14 @@ class Hyper:
     def may_skip(self) -> bool:
         """Whether a step may skip itself."""
         return self.limits[1] != 0
+
+    def without_limits(self) -> Hyper:
+        """The same numbers for what a step does when it is decided that it is taken."""
+        if not self.reads_gradients:
+            return self
+        unlimited = copy.copy(self)
+        unlimited.limits = _NO_LIMITS
+        return unlimited
 
     def refresh(self, groups: Sequence[Group]) -> set[str]:
         """Read the groups again; the keys whose values may have changed since the last call."""

@@ -11,6 +11,7 @@ from .dtypes import real_dtype
 from .quantized import SIGNED, UNSIGNED
 
 MASTER_PARAM, KAHAN_COMP = "master_param", "kahan_comp"
+NOTHING = "nothing"  # in place of these: rounding to nearest loses what it loses, also where others round at random
 QUANTIZED_FROM = 4096  # elements of a parameter: below it 8 bits would save nothing that counts
 
 

@@ -1,0 +1,1 @@
+"""Products of batches of matrices, for rules that update whole matrices."""
