@@ -3,6 +3,7 @@
 from .backward import step_in_backward
 from .full_state import full_state_dict
 from .functional import register_functional_optim
+from .muon_groups import muon_groups
 from .optimizer import FusedOptimizer
 from .rules.adadelta import Adadelta
 from .rules.adagrad import Adagrad
@@ -34,6 +35,7 @@ __all__ = [
     "RMSprop",
     "Rprop",
     "full_state_dict",
+    "muon_groups",
     "register_functional_optim",
     "step_in_backward",
     "warmup",
