@@ -22,6 +22,7 @@ from .checks import check_betas
 ADJUST_LR_FNS = (None, "original", "match_rms_adamw", "spectral_unclamped")
 MOST_STEPS = 99
 ADAMW_EPS = 1e-8
+NAMED_AT_MOST = 10  # parameters in a message
 
 
 class Muon(FusedOptimizer):
@@ -170,8 +171,13 @@ class Muon(FusedOptimizer):
         if product is None:
             return
         names = group.get("param_names") or [None] * len(group["params"])
-        for position, (name, param) in enumerate(zip(names, group["params"], strict=False)):
-            _check_shape(param.shape, product, f"parameter {position} of group {index}" + f" ({name!r})" * bool(name))
+        named = [
+            (f"parameter {position} of group {index}" + f" ({name!r})" * bool(name), tuple(param.shape))
+            for position, (name, param) in enumerate(zip(names, group["params"], strict=False))
+        ]
+        _check_dims(named)
+        for name, shape in named:
+            _check_split(shape, product, name)
 
     def product(self, group: Group) -> Product | None:
         return _product(group, "")
@@ -252,13 +258,20 @@ def _coefficients(value: Any) -> Coefficients | str:
     return tuple((float(a), float(b), float(c)) for a, b, c in triples)
 
 
-def _check_shape(shape: torch.Size, product: Product, name: str) -> None:
-    if len(shape) < 2:
-        raise ValueError(
-            f"Muon orthogonalizes matrices, but {name} has shape {tuple(shape)}: put it into a group with "
-            "use_muon=False, which steps by AdamW's rule (fusedopt.muon_groups(model) sorts all parameters)"
+def _check_dims(named: Sequence[tuple[str, tuple[int, ...]]]) -> None:
+    others = [f"{name} of shape {shape}" for name, shape in named if len(shape) < 2]
+    if others:
+        listed = "; ".join(others[:NAMED_AT_MOST]) + f"; and {len(others) - NAMED_AT_MOST} more" * (
+            len(others) > NAMED_AT_MOST
         )
+        raise ValueError(
+            f"Muon orthogonalizes matrices, but was given {listed}: put what is no matrix into a group with "
+            "use_muon=False, which steps by AdamW's rule. fusedopt.muon_groups(model) sorts all parameters"
+        )
+
+
+def _check_split(shape: tuple[int, ...], product: Product, name: str) -> None:
     length, split = shape[product.split_dim], product.split
     if split is not None and (length % split if isinstance(split, int) else sum(split) != length):
         what = "rows" if product.split_dim == -2 else "columns"
-        raise ValueError(f"split={split!r} does not divide {name}: it has shape {tuple(shape)}, hence {length} {what}")
+        raise ValueError(f"split={split!r} does not divide {name}: its shape is {shape}, hence it has {length} {what}")

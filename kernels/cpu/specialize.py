@@ -88,10 +88,13 @@ class _Specializer(ast.NodeTransformer):
         return super().visit(node)
 
     def visit_Subscript(self, node):
-        """An index stays the integer that it is."""
+        """An index, and each end of a slice, stays the integer that it is."""
         node.value = self.visit(node.value)
-        is_known, index = self._evaluated(node.slice)
-        node.slice = ast.Constant(index) if is_known else self.visit(node.slice)
+        ends = node.slice if isinstance(node.slice, ast.Slice) else node
+        for name, end in ast.iter_fields(ends):
+            if isinstance(end, ast.expr) and end is not node.value:
+                is_known, index = self._evaluated(end)
+                setattr(ends, name, ast.Constant(index) if is_known else self.visit(end))
         return node
 
     def visit_Call(self, node):
