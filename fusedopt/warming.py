@@ -5,15 +5,17 @@ from __future__ import annotations
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from .engines.choice import engine, refuse, why_not
 from .engines.compiled import CompileError
 from .engines.kernel_step import signature_of
 from .engines.signature import Signature
 from .engines.tables import Item, Tables
+from .matrices.step import descent_of, direction_dtype, direction_of
 from .optimizer import FusedOptimizer
 from .step import graphs
-from .step.entry import entries_of, param_name, state_of
+from .step.entry import Entry, entries_of, param_name, state_of
 from .step.gate import Gate
 from .step.hyper import Hyper
 from .step.sharding import local, local_grads
@@ -45,11 +47,12 @@ def warmup(optimizer: FusedOptimizer) -> None:
         raise RuntimeError("warmup within the capture of a CUDA graph, which would replay it: call it before")
     hyper = Hyper(optimizer)
     hyper.refresh(optimizer.param_groups)
-    for (device, engine_name), items in _signatures(optimizer).items():
+    for (device, engine_name, is_second), items in _signatures(optimizer).items():
         tables = Tables(optimizer, list(items.values()), hyper.count, device, engine_name)
         try:
-            for grad_scale in (None, torch.ones((), device=device)):  # GradScaler may come or not
-                _launch(tables, Gate(hyper, grad_scale), hyper)
+            _launch(tables, Gate(hyper).after() if is_second else Gate(hyper), hyper)
+            if not is_second:  # GradScaler may come or not
+                _launch(tables, Gate(hyper, torch.ones((), device=device)), hyper)
         except CompileError as why:
             refuse(optimizer, why)
 
@@ -63,9 +66,12 @@ def _launch(tables: Tables, gate: Gate, hyper: Hyper) -> None:
     tables.step(gate)
 
 
-def _signatures(optimizer: FusedOptimizer) -> dict[tuple[torch.device, str], dict[Signature, Item]]:
-    """For each device and engine, what distinguishes kernels, each with one element that is nowhere: it is not read."""
-    found: dict[tuple[torch.device, str], dict[Signature, Item]] = {}
+def _signatures(optimizer: FusedOptimizer) -> dict[tuple[torch.device, str, bool], dict[Signature, Item]]:
+    """For each device and engine, what distinguishes kernels, each with one element that is nowhere: it is not read.
+
+    Those of a second update, as matrices have, are apart.
+    """
+    found: dict[tuple[torch.device, str, bool], dict[Signature, Item]] = {}
     nowhere = (0,) * (3 + len(optimizer.states)), (0,) * (1 + len(optimizer.scalar_states))
     params = [param for group in optimizer.param_groups for param in group["params"]]
     grads = local_grads(params, partial(param_name, optimizer))
@@ -86,7 +92,19 @@ def _signatures(optimizer: FusedOptimizer) -> dict[tuple[torch.device, str], dic
             code = entry.codes.get(name)
             if code is not None or isinstance(local(states.get(name, param)), Decoded):
                 states[name] = torch.empty(0, dtype=code or state_dtype(param, group))
-        signature = signature_of(optimizer, entry, param.dtype, states)
-        item = Item(entry.index, entry.group, signature, 1, entry.index, 0, *nowhere)
-        found.setdefault((param.device, entry.engine), {}).setdefault(signature, item)
+        for is_second, (update, dtype) in enumerate(_updates(optimizer, entry, param)):
+            signature = signature_of(optimizer, update, dtype, states)
+            item = Item(entry.index, entry.group, signature, 1, entry.index, 0, *nowhere)
+            found.setdefault((param.device, entry.engine, bool(is_second)), {}).setdefault(signature, item)
     return found
+
+
+def _updates(optimizer: FusedOptimizer, entry: Entry, param: Tensor) -> list[tuple[Entry, torch.dtype]]:
+    """The updates of a step, and the dtype of what each writes in place of the parameter."""
+    if optimizer.product(optimizer.param_groups[entry.group]) is None:
+        return [(entry, param.dtype)]
+    direction = torch.empty(0, dtype=direction_dtype(param.dtype))
+    return [
+        (direction_of(optimizer, entry), direction.dtype),
+        (descent_of(optimizer, entry, direction), param.dtype),
+    ]

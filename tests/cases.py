@@ -162,6 +162,23 @@ CASES = [
     ),
 ]
 
+# Muon's matrices are no elements: its tests are tests/rules/test_muon.py and those in tests/matrices.
+MATRIX_CASES = [
+    *_rows(
+        "Muon",
+        {"lr": 0.02},
+        {"lr": 0.02, "nesterov": False, "adjust_lr_fn": "match_rms_adamw", "weight_decay": 0.0},
+        {"lr": 0.02, "momentum": 0.5, "ns_steps": 3, "eps": 1e-3},
+    ),
+    *_rows(
+        "Muon",
+        {"lr": 0.02, "ns_coefficients": "polar_express", "adjust_lr_fn": "spectral_unclamped"},
+        {"lr": 0.02, "weight_decay": 0.5, "weight_decay_form": "cautious"},
+        {"lr": 0.02, "use_muon": False},
+        in_torch=False,
+    ),
+]
+
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
 MODES = [

@@ -10,7 +10,7 @@ import torch
 
 import fusedopt
 from bench.eight_bits.training import CONTENDERS, Run
-from bench.static.kernels import update_in, updates_of
+from bench.static.kernels import updates_in, updates_of
 from tests.cases import AVERAGED, CASES, MODES, Case, Mode
 from tests.kernels.compiled_kernels import compiled_for
 
@@ -64,7 +64,7 @@ def test_table_of_modes(weights, options, bytes_moved):
     """The bytes follow from the declaration. The kernels are among those whose machine code is counted."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[weights]
     mode = Mode(dtype, eval(f"dict({options.strip('`')})", {"torch": torch}))
-    kernels = [update_in(case, mode) for case in BY_STATES]
+    kernels = [kernel for case in BY_STATES for kernel in updates_in(case, mode)]
     assert [round(kernel.bytes_per_element, 1) for kernel in kernels] == list(map(float, bytes_moved))
     compiled = {
         (kernel.optimizer.kernel, kernel.signature) for kernel in updates_of(CASES, MODES) if compiled_for(kernel)
@@ -80,7 +80,8 @@ def test_every_mode_of_the_table_is_read():
 def test_bytes_of_an_average(mode):
     plain = Mode(mode.dtype, {key: value for key, value in mode.options.items() if key != "ema_decay"})
     for case in BY_STATES[1:]:
-        assert update_in(case, mode).bytes_per_element == update_in(case, plain).bytes_per_element + 8
+        (with_it,), (without,) = (updates_in(case, kind) for kind in (mode, plain))
+        assert with_it.bytes_per_element == without.bytes_per_element + 8
     assert "8 bytes more" in (ROOT / "docs" / "around-the-step.md").read_text()
 
 

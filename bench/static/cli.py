@@ -19,7 +19,7 @@ from multiprocessing import get_context
 import torch
 
 from fusedopt.engines.choice import triton_interprets, triton_is_installed
-from tests.cases import AVERAGED, CASES, MODES
+from tests.cases import AVERAGED, CASES, MATRIX_CASES, MODES
 
 from ..common import RESULTS, Parser, circumstances, circumstances_in_words, writable_folder
 from .kernels import DTYPES, SIGNATURES, Kernel, SumSquares, prepares_of, unscaling, updates_of
@@ -31,7 +31,7 @@ TOGETHER = 8  # kernels that a process compiles and disassembles in one go
 
 def all_kernels() -> list[Kernel]:
     """Every kernel that any row of tests/cases.py launches; of those that unscale, in the ordinary dtypes only."""
-    updates = updates_of(CASES, [*MODES, *AVERAGED])
+    updates = updates_of([*CASES, *MATRIX_CASES], [*MODES, *AVERAGED])
     unscaled = unscaling(kernel for kernel in updates if kernel.dtypes in SIGNATURES)
     return [*updates, *unscaled, *map(SumSquares, DTYPES), *prepares_of(updates)]
 

@@ -13,9 +13,10 @@ import torch
 from fusedopt import FusedOptimizer
 from fusedopt.engines.signature import THREADS, Signature, rule
 from fusedopt.engines.tables import PREPARE_BLOCK_SIZE, squares_constants
+from fusedopt.matrices.step import direction_dtype
 from fusedopt.options import option
 from fusedopt.step.hyper import count_numbers, count_scalars
-from fusedopt.storage.precision import QUANTIZED_FROM, code_of, is_stochastic, kept_state, state_dtype
+from fusedopt.storage.precision import NOTHING, QUANTIZED_FROM, code_of, is_stochastic, kept_state, state_dtype
 from fusedopt.storage.quantized import BLOCK, CODES
 
 # Parameter, gradient and states.
@@ -107,7 +108,8 @@ class Update(Kernel):
     def rule(self) -> str:
         """The module of the rule and the states that its options call for, as a test is named."""
         present = [n for n, dtype in zip(self.optimizer.states, self.signature.states, strict=True) if dtype]
-        return "-".join([self.optimizer.kernel, *present])
+        function = f"_{self.signature.update}" * (self.signature.update != "update")
+        return "-".join([self.optimizer.kernel + function, *present])
 
     @property
     def id(self) -> str:
@@ -121,7 +123,7 @@ class Update(Kernel):
 
     @property
     def constants(self) -> dict[str, Any]:
-        mine = {"UPDATE": rule(self.optimizer)[1], "N_SCALARS": self.n_scalars, "UNSCALE": self.unscale}
+        mine = {"UPDATE": rule(self.optimizer, self.signature.update)[1], "N_SCALARS": self.n_scalars, "UNSCALE": self.unscale}
         return mine | self.signature.constants
 
     @property
@@ -130,7 +132,8 @@ class Update(Kernel):
 
     @property
     def read(self) -> list[torch.dtype]:
-        return self.signature.streams
+        """All streams, but no direction where that is what is computed."""
+        return self.signature.streams[self.signature.update == "direction" :]
 
     @property
     def written(self) -> list[torch.dtype]:
@@ -209,11 +212,18 @@ def updates_of(cases: Iterable[Any], modes: Iterable[Any] = ()) -> list[Update]:
     """Every distinct `update` of the given cases, in every dtype signature and every mode of low precision."""
     cases = list(cases)
     found = [
-        _update(case.make([torch.zeros(1)]), dtypes, param, grad, state)
+        kernel
         for dtypes, (param, grad, state) in SIGNATURES.items()
         for case in cases
+        for kernel in _updates(case.make([torch.zeros(1, 1)]), dtypes, param, grad, state)
     ]
-    found += [update_in(case, mode) for mode in modes for case in cases if not mode.asks_for_nothing(case)]
+    found += [
+        kernel
+        for mode in modes
+        for case in cases
+        if not mode.asks_for_nothing(case)
+        for kernel in updates_in(case, mode)
+    ]
     distinct: dict[tuple[Any, Signature], Update] = {}
     for kernel in found:
         distinct.setdefault((kernel.optimizer.kernel, kernel.signature), kernel)
@@ -225,12 +235,12 @@ def unscaling(updates: Iterable[Update]) -> list[Update]:
     return [replace(kernel, unscale=True) for kernel in updates]
 
 
-def update_in(case: Any, mode: Any) -> Update:
-    """The `update` of a case in a mode of low precision, with gradients of the parameter's dtype."""
-    param = torch.zeros(max(1, QUANTIZED_FROM), dtype=mode.dtype)
+def updates_in(case: Any, mode: Any) -> list[Update]:
+    """Those of a case in a mode of low precision, with gradients of the parameter's dtype."""
+    param = torch.zeros(1, max(1, QUANTIZED_FROM), dtype=mode.dtype)
     optimizer = case.make([param], **mode.options)
     state = state_dtype(param, optimizer.param_groups[0])
-    return _update(optimizer, mode.id, mode.dtype, mode.dtype, state)
+    return _updates(optimizer, mode.id, mode.dtype, mode.dtype, state)
 
 
 def prepares_of(updates: Iterable[Update]) -> list[Prepare]:
@@ -239,7 +249,10 @@ def prepares_of(updates: Iterable[Update]) -> list[Prepare]:
     return [Prepare(kernel, hyper_tensors) for kernel in rules.values() for hyper_tensors in (False, True)]
 
 
-def _update(optimizer: FusedOptimizer, name: str, param: torch.dtype, grad: torch.dtype, state: torch.dtype) -> Update:
+def _updates(
+    optimizer: FusedOptimizer, name: str, param: torch.dtype, grad: torch.dtype, state: torch.dtype
+) -> list[Update]:
+    """One update, or the two around a product."""
     (group,) = optimizer.param_groups
     (tensor,) = group["params"]
     signature = Signature(
@@ -254,4 +267,10 @@ def _update(optimizer: FusedOptimizer, name: str, param: torch.dtype, grad: torc
         option(group, "ema_decay") is not None,
     )
     n_hyper = count_numbers(optimizer.defaults[name] for name in optimizer.hyperparameters)
-    return Update(type(optimizer), signature, name, n_hyper)
+    signatures = [signature]
+    if optimizer.product(group) is not None:
+        direction = direction_dtype(param)
+        before = replace(signature, param=direction, kept=NOTHING, averaged=False, update="direction")
+        after = replace(signature, grad=direction, states=(None,) * len(optimizer.states), update="descent")
+        signatures = [before, after]
+    return [Update(type(optimizer), each, name, n_hyper) for each in signatures]

@@ -7,7 +7,7 @@ from bench.static.cli import reports_of
 from bench.static.kernels import DTYPES, SIGNATURES, SumSquares, prepares_of, unscaling, updates_of
 from bench.static.machine_code import specialization
 from bench.static.targets import TARGETS
-from tests.cases import AVERAGED, CASES, MODES
+from tests.cases import AVERAGED, CASES, MATRIX_CASES, MODES
 
 TESTED = ["sm_80", "sm_90", "gfx942"]
 EVERY_MODE = [*MODES, *AVERAGED]
@@ -15,7 +15,7 @@ HEAVIEST = ["bfloat16-rounding=stochastic", "bfloat16-ema_decay=0.999-master_wei
 QUANTIZED = "float32-state_dtype=8bit"
 MOMENTUM, ADAM, AMSGRAD = "sgd-momentum_buffer", "adam-exp_avg-exp_avg_sq", "adam-exp_avg-exp_avg_sq-max_exp_avg_sq"
 NUMBERS = [1, 2, 15, 16, 17, 2**31 - 1, 2**31, 2**40]
-UPDATES = updates_of(CASES, EVERY_MODE)
+UPDATES = updates_of([*CASES, *MATRIX_CASES], EVERY_MODE)
 PREPARES = prepares_of(UPDATES)
 UPDATES += unscaling(
     kernel
@@ -33,6 +33,8 @@ def compiled_for(kernel):
     SGD and Adam only, averages with the fewest and the most states. gfx942 has functions of its own and takes every
     rule once; sm_80 has those of sm_90. `bench.static` compiles everything for all targets.
     """
+    if kernel.rule == "muon-exp_avg-exp_avg_sq":  # Adam's function
+        return ["sm_90"] if kernel.dtypes == "fp32" else []
     usual, heaviest = kernel.dtypes in SIGNATURES, kernel.dtypes in (*HEAVIEST, QUANTIZED)
     if kernel.unscale:
         return (
