@@ -1,1 +1,0 @@
-"""Products of batches of matrices, for rules that update whole matrices."""

@@ -1,2 +1,0 @@
-def is_chosen(device): return False
-symmetric_product=None
