@@ -14,8 +14,10 @@ from ..engines.choice import warp_size, why_not_triton
 from ..engines.tables import launch
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# A tile of the result. No machine has measured others yet: these are the sizes that matrix products usually take.
+# A tile of the result. No machine has measured others yet: this is the size that matrix products usually take. Where
+# elements are loaded alone, each takes a register for its address, and there are not enough for so large a tile.
 BLOCK_SIZE = 128
+BLOCK_SIZE_UNALIGNED = 64
 BLOCK_BYTES = 128  # of a row of X that are multiplied at once: as many as shared memory has banks for
 STAGES = {32: 3, 64: 2}  # blocks on their way at once, by the warp size: AMD's processors share less memory
 
@@ -85,7 +87,8 @@ def arguments(x: Tensor, out: Tensor, c: Tensor | None, alpha: float, beta: floa
     multiples = (rows, columns, stride, column_stride if transposed else row_stride, *out_strides, *c_strides)
     aligned = all(number % vector == 0 for number in multiples)
     aligned = aligned and all(tensor.data_ptr() % 16 == 0 for tensor in (x, *results))
-    n_tiles = -(-rows // BLOCK_SIZE)
+    block_size = BLOCK_SIZE if aligned else BLOCK_SIZE_UNALIGNED
+    n_tiles = -(-rows // block_size)
     return Arguments(
         batch * (n_tiles * (n_tiles + 1) // 2),
         (
@@ -105,9 +108,8 @@ def arguments(x: Tensor, out: Tensor, c: Tensor | None, alpha: float, beta: floa
         {
             "TRANSPOSED": transposed,
             "ALIGNED": aligned,
-            "BLOCK_SIZE": BLOCK_SIZE,
-            # Each element that is loaded alone takes a register for its address.
-            "BLOCK_COLUMNS": (BLOCK_BYTES if aligned else BLOCK_BYTES // 2) // x.itemsize,
+            "BLOCK_SIZE": block_size,
+            "BLOCK_COLUMNS": BLOCK_BYTES // x.itemsize,
             "num_warps": 256 // threads,
             "num_stages": STAGES[threads],
             "enable_fp_fusion": True,
