@@ -6,6 +6,7 @@ setup(
     packages=[
         "fusedopt",
         "fusedopt.rules",
+        "fusedopt.matrices",
         "fusedopt.engines",
         "fusedopt.step",
         "fusedopt.storage",

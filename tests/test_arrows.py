@@ -21,6 +21,7 @@ FLOORS = [
     ["fusedopt.optimizer"],
     ["fusedopt.declaration", "fusedopt.stepper"],
     ["fusedopt.plan"],
+    ["fusedopt.matrices"],
     ["fusedopt.engines"],
     ["fusedopt.step"],
     ["fusedopt.storage"],
@@ -30,7 +31,11 @@ FLOORS = [
     ["fusedopt.kernels"],
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-WITH_KERNELS = ("tests", "bench", "fusedopt.engines", "fusedopt.kernels.rules", "fusedopt.kernels")  # who imports them
+# Who imports them.
+WITH_KERNELS = (
+    *("tests", "bench", "fusedopt.matrices", "fusedopt.engines"),
+    *("fusedopt.kernels.rules", "fusedopt.kernels"),
+)
 UNLISTED = ("__init__.py", "__pycache__", "py.typed")
 
 
