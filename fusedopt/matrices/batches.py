@@ -18,6 +18,11 @@ TOGETHER = 1 << 27
 MULTIPLE = 8  # elements, so that rows begin at multiples of 16 bytes, which the fast products of GPUs and CPUs ask for
 
 
+def direction_dtype(param: torch.dtype) -> torch.dtype:
+    """The dtype of the direction of a parameter: that of the products, but arithmetic in fp64 ends in fp64."""
+    return torch.float64 if param == torch.float64 else DTYPE
+
+
 @dataclass(frozen=True)
 class Product:
     """What is done to the direction of the matrices of a param group."""
@@ -166,18 +171,16 @@ class Batches:
         for each, reserved in pieces:
             for piece, (key, first, count) in zip(_pieces(each), reserved, strict=True):
                 target = self._batches[key].x[first : first + count, : piece.shape[-2], : piece.shape[-1]]
-                self._copies.append((each.position, piece, target.unflatten(0, piece.shape[:-2] or (1,)).view_as(piece)))
+                self._copies.append(
+                    (each.position, piece, target.unflatten(0, piece.shape[:-2] or (1,)).view_as(piece))
+                )
         self._workspaces = {
             device: self._workspace(memory, device, like[device]) for device in {key.device for key in self._batches}
         }
 
     def run(self, present: Collection[int] | None) -> None:
         """Orthogonalize the directions of these parameters, of all at None, where they lie."""
-        copies = [
-            (piece, target)
-            for position, piece, target in self._copies
-            if present is None or position in present
-        ]
+        copies = [(piece, target) for position, piece, target in self._copies if present is None or position in present]
         pieces, targets = [piece for piece, _ in copies], [target for _, target in copies]
         if copies:
             torch._foreach_copy_(targets, pieces)

@@ -18,7 +18,7 @@ from ..step.layout import dense_stride
 from ..step.live import Live
 from ..step.watch import meta
 from ..storage.precision import NOTHING
-from .batches import DTYPE, Batches, Matrices, Memory, Product
+from .batches import Batches, Matrices, Memory, Product, direction_dtype
 from .exchange import Exchanges, cut_of
 
 
@@ -34,7 +34,7 @@ class MatrixStep:
         params: all parameters of the optimizer.
         live: the tensors of the entries.
         n_hyper: how many numbers of a group are the class's.
-        previous: what took the steps of the plan before.
+        previous: the memory of the plan before.
     """
 
     def __init__(
@@ -44,23 +44,21 @@ class MatrixStep:
         params: Sequence[Tensor],
         live: Live,
         n_hyper: int,
-        previous: object,
+        previous: Memory | None,
     ) -> None:
         products = list(map(optimizer.product, optimizer.param_groups))
-        self._memory = Memory(previous._memory if isinstance(previous, MatrixStep) else None)
+        self.memory = Memory(previous)
         matrices = [
             _matrices(position, live.params[position], products[entry.group])
             for position, entry in enumerate(entries)
             if products[entry.group] is not None
         ]
-        cuts = [
-            cut_of(params[entries[each.position].index], entries[each.position].name) for each in matrices
-        ]
+        cuts = [cut_of(params[entries[each.position].index], entries[each.position].name) for each in matrices]
         self._exchanges = Exchanges(
-            [(each, cut) for each, cut in zip(matrices, cuts, strict=True) if cut is not None], self._memory
+            [(each, cut) for each, cut in zip(matrices, cuts, strict=True) if cut is not None], self.memory
         )
         whole = [each for each, cut in zip(matrices, cuts, strict=True) if cut is None]
-        self._batches = Batches([*whole, *self._exchanges.owned], self._memory)
+        self._batches = Batches([*whole, *self._exchanges.owned], self.memory)
         self._exchanges.connect()
         self._positions = [each.position for each in matrices]
         self._slots = [each.slot for each in matrices]
@@ -94,7 +92,7 @@ class MatrixStep:
     @property
     def nbytes(self) -> int:
         """The memory that the products take beside parameters, gradients and states."""
-        return self._memory.nbytes
+        return self.memory.nbytes
 
     def is_current(self) -> bool:
         """Whether the kernels can be launched as they are, on the stream that is current."""
@@ -186,11 +184,6 @@ def descent_of(optimizer: OptimizerLike, entry: Entry, direction: Tensor) -> Ent
         grad_meta=meta(direction),
         plain=False,
     )
-
-
-def direction_dtype(param: torch.dtype) -> torch.dtype:
-    """The dtype of the direction of a parameter: that of the products, but arithmetic in fp64 ends in fp64."""
-    return torch.float64 if param == torch.float64 else DTYPE
 
 
 def _matrices(position: int, param: Tensor, product: Product) -> Matrices:
