@@ -54,10 +54,9 @@ def muon_groups(model: nn.Module, *, adamw: Iterable[str | nn.Module | Tensor] =
     shapes = {tuple(param.shape) for param in tables}
     # Only the last one: a hidden layer may have the shape of a table of positions by chance.
     last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1:]
+    heads = [linear for linear in last if tuple(linear.weight.shape) in shapes]
     for name, module in model.named_modules():
-        is_head = name.rpartition(".")[2] in _HEADS or any(
-            module is linear and tuple(linear.weight.shape) in shapes for linear in last
-        )
+        is_head = name.rpartition(".")[2] in _HEADS or module in heads
         if isinstance(module, _CONVOLUTIONS) or is_head or _is_norm(module):
             for_adamw |= set(map(id, module.parameters()))
     groups: list[Group] = [{"params": [], "use_muon": True}, {"params": [], "use_muon": False, **options}]
