@@ -170,6 +170,7 @@ class Batches:
             each.slot = flat.as_strided(each.shape, each.stride, flat.storage_offset())
         for each, reserved in pieces:
             for piece, (key, first, count) in zip(_pieces(each), reserved, strict=True):
+                self._batches[key].x[first : first + count] = 0  # around the piece, whatever the plan before had there
                 target = self._batches[key].x[first : first + count, : piece.shape[-2], : piece.shape[-1]]
                 self._copies.append(
                     (each.position, piece, target.unflatten(0, piece.shape[:-2] or (1,)).view_as(piece))

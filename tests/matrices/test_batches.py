@@ -226,6 +226,19 @@ def test_the_memory_is_that_of_the_plan_before():
     assert first == again
 
 
+@pytest.mark.usefixtures("exact_products")
+def test_nothing_of_the_plan_before_is_left_around_a_smaller_matrix():
+    """Both shapes are padded to the same one."""
+    first, second = parameters([(7, 7), (1, 5)])
+    optimizer = fusedopt.Muon([first], lr=0.1)
+    step(optimizer, [first], gradients([first], 1))
+    optimizer.param_groups[0]["params"] = [second]
+    grads = gradients([second], 2)
+    ((expected, _),) = stepped_by_torch([second], grads, {"lr": 0.1})
+    step(optimizer, [second], grads)
+    torch.testing.assert_close(second, expected, **CLOSE)
+
+
 def test_the_size_of_the_memory_is_told():
     """2 bytes an element for directions, as much for the largest batch and two of its squares."""
     params = parameters([(8, 16)] * 4 + [(16, 16)], torch.float32)
