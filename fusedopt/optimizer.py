@@ -415,7 +415,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         unshield_all(state.get("state", {}), self)
         super().__setstate__(state)
         self._stepper.forget()
-        self.defaults.update({**argument_defaults(type(self)), **self.defaults})
+        declared = argument_defaults(type(self))
+        if "differentiable" not in declared:
+            self.defaults.pop("differentiable", None)  # which torch puts there, also for a class that has no such flag
+        self.defaults.update({**declared, **self.defaults})
         for group in self.param_groups:
             for key, default in required_keys(self).items():
                 group.setdefault(key, default)
