@@ -254,6 +254,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         Called for a new group, and for all groups in a step before which keys, flags, names or ones of `optional` have
         changed. A key that is there must stay as it is. Where a checkpoint lacks one, it follows from the loaded ones.
+        Called with copies of all groups, only to check them, in a step before which parameters or states have moved.
 
         Args:
             group: to be completed in place.

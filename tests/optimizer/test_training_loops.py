@@ -20,7 +20,7 @@ from torch.optim.swa_utils import SWALR, AveragedModel
 from torch.utils._pytree import tree_map
 
 import fusedopt
-from tests.cases import CASES
+from tests.cases import CASES, MATRIX_CASES
 from tests.conftest import DEVICE
 from tests.twins import BACKENDS, OPTIMIZERS, assert_same, make, make_params, make_torch, params_of, train
 
@@ -160,21 +160,22 @@ def test_tensor_betas_changed_in_place(name, backend):
     assert_same(mine, theirs)
 
 
-WITH_NUMBERS = [case for case in CASES if case.options.get("weight_decay") or case.optimizer == "Rprop"]
+WITH_NUMBERS = [*CASES, *MATRIX_CASES]
+WITH_NUMBERS = [case for case in WITH_NUMBERS if case.options.get("weight_decay") or case.optimizer == "Rprop"]
 
 
 @pytest.mark.parametrize("case", WITH_NUMBERS, ids=lambda case: case.id)
 @both_backends
 def test_every_number_may_be_a_tensor(case, backend, monkeypatch):
     """Also one that is read where it lies."""
-    defaults = case.make(make_params()).param_groups[0]
+    defaults = case.make(make_params(of=case.optimizer)).param_groups[0]
     numbers = {key: defaults[key] for key in case.optimizer_class.hyperparameters if key in defaults}
     numbers = {key: value for key, value in numbers.items() if not isinstance(value, (bool, str))}
     tensors = tree_map(lambda number: torch.tensor(float(number), dtype=torch.float64, device=DEVICE), numbers)
     as_it_is = lambda value, *_: value if isinstance(value, torch.Tensor) else float(value)  # noqa: E731
     monkeypatch.setattr("fusedopt.step.hyper._number", as_it_is)
-    optimizer = case.optimizer_class(make_params(), backend=backend, **{**case.options, **tensors})
-    twin = case.make(make_params(), backend=backend)
+    optimizer = case.optimizer_class(make_params(of=case.optimizer), backend=backend, **{**case.options, **tensors})
+    twin = case.make(make_params(of=case.optimizer), backend=backend)
     assert tensors.keys() >= ({"lr", "etas", "step_sizes"} if case.optimizer == "Rprop" else {"lr", "weight_decay"})
     for each in (optimizer, twin):
         train(each, range(3))
