@@ -9,12 +9,14 @@ from numba import njit
 
 from . import language
 from .memory import static_range
+from .parts import Part
 from .source import definition, is_constant, unwrapped, used
 
 PACKAGE = __package__
-OPTIONS = {"error_model": "numpy", "no_cpython_wrapper": True, "forceinline": True}
+OPTIONS = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True, "forceinline": True, "pipeline_class": Part}
 BUILTINS = {"len": len, "range": range}
 VALUES = (bool, int, float, str, tuple, type(None))
+_shared = {}  # what kernels have in common, by function, constants and dtype of the arithmetic
 
 
 def specialize(function, constants, compute, done):
@@ -177,6 +179,10 @@ class _Specializer(ast.NodeTransformer):
 
     def _evaluated(self, node):
         """(whether the value of an expression is known, the value)."""
+        if isinstance(node, ast.Constant):
+            return True, node.value
+        if isinstance(node, ast.Name) and node.id in self._known:
+            return True, meaning(self._known[node.id])
         for part in ast.walk(node):
             if isinstance(part, ast.Name) and part.id not in self._known and part.id not in BUILTINS:
                 return False, None
@@ -218,10 +224,21 @@ class _Specializer(ast.NodeTransformer):
                 constants[parameter.arg] = self._constant(argument) if isinstance(argument, ast.expr) else argument
             else:
                 arguments.append(self.visit(argument) if isinstance(argument, ast.expr) else self._literal(argument))
-        kind = function, repr(constants)  # in which True is not 1
-        if kind not in self._done:
-            self._done[kind] = specialize(function, constants, self._compute, self._done)
-        return ast.Call(self._named(self._done[kind]), arguments, [])
+        kind = function, repr(constants), self._compute  # in which True is not 1
+        done = _shared if _is_shared(function, constants) else self._done
+        if kind not in done:
+            done[kind] = specialize(function, constants, self._compute, self._done)
+        return ast.Call(self._named(done[kind]), arguments, [])
+
+
+def _is_shared(function, constants):
+    """Whether no kernel can make anything else of a function: of a user, it may name what has changed since."""
+    is_own = function.__module__.startswith(f"{PACKAGE.rpartition('.')[0]}.")
+    return is_own and all(map(_is_plain, constants.values()))
+
+
+def _is_plain(value):
+    return all(map(_is_plain, value)) if isinstance(value, tuple) else isinstance(value, VALUES)
 
 
 def _is_device_function(value):
