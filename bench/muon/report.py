@@ -121,8 +121,13 @@ def _table(headers: Sequence[str], cells: Iterable[Sequence[str]], alignment: st
 
 
 def _spread(spread: dict[str, float]) -> str:
-    lowest, median, p90 = (f"{1e3 * spread[key]:.3g}" for key in ("lowest", "median", "p90"))
+    lowest, median, p90 = (milliseconds(spread[key]) for key in ("lowest", "median", "p90"))
     return f"{median} ({lowest}–{p90}) ms"
+
+
+def milliseconds(seconds: float) -> str:
+    """Three digits of small numbers, all of those before the point of large ones."""
+    return f"{1e3 * seconds:.3g}" if seconds < 0.9995 else f"{1e3 * seconds:,.0f}"
 
 
 def _threads(count: int) -> str:

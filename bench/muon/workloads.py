@@ -50,9 +50,9 @@ def gpt2(scale: int) -> Workload:
 
 
 def experts(scale: int) -> Workload:
-    """Two layers of 32 experts, each as the MLP of GPT-2 small."""
+    """A layer of 32 experts, each as the MLP of GPT-2 small."""
     count, width = 32, 768
-    return _scaled("experts", 2 * [(count, 4 * width, width), (count, width, 4 * width)], scale)
+    return _scaled("experts", [(count, 4 * width, width), (count, width, 4 * width)], scale)
 
 
 def small(count: int) -> Workload:
