@@ -110,6 +110,7 @@ class Muon(FusedOptimizer):
     choices = decay.CHOICES
     scalar_states = ("step",)
     states = ("exp_avg", "exp_avg_sq", "momentum_buffer")
+    always = ("step", "exp_avg", "exp_avg_sq")  # of AdamW's groups
     nonnegative = ("exp_avg_sq",)
 
     def __init__(

@@ -104,11 +104,15 @@ def test_what_torch_is_tested_with(name, options, backend):
 def test_what_torch_refuses(name, bad):
     given = bad.optimizer_error_input
     params = make_params(torch.float32, of=name) if given.params is None else given.params
+
+    def tried(optimizer):
+        made = optimizer(params, **given.kwargs)
+        if bad.error_on is TORCH.OptimizerErrorEnum.STEP_ERROR:
+            made.step()
+
     for optimizer in (getattr(torch.optim, name), getattr(fusedopt, name)):
         with pytest.raises(bad.error_type, match=bad.error_regex) as caught:
-            made = optimizer(params, **given.kwargs)
-            if bad.error_on is TORCH.OptimizerErrorEnum.STEP_ERROR:
-                made.step()
+            tried(optimizer)
         assert type(caught.value) is bad.error_type
     if bad.error_type is UserWarning:  # a warning like torch's, and then an optimizer
         with pytest.warns(UserWarning, match=bad.error_regex):

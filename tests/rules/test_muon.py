@@ -478,6 +478,19 @@ def test_what_no_step_can_take(backend):
         fusedopt.Muon([sparse], backend=backend).step()
 
 
+def test_a_parameter_may_change_its_group_but_not_lose_half_of_a_state():
+    """Muon begins with a momentum of its own, whatever AdamW has left; AdamW needs all that it had."""
+    (param,) = parameters([(8, 16)])
+    step(optimizer := fusedopt.Muon([param], use_muon=False), [param], gradients([param], 2))
+    optimizer.param_groups[0]["use_muon"] = True
+    step(optimizer, [param], gradients([param], 1))
+    assert set(optimizer.state[param]) == {"step", "exp_avg", "exp_avg_sq", "momentum_buffer"}
+    optimizer.param_groups[0]["use_muon"] = False
+    del optimizer.state[param]["step"]
+    with pytest.raises(RuntimeError, match="has no 'step'"):
+        step(optimizer, [param], gradients([param], 1))
+
+
 def test_eps_of_a_group_of_adamw():
     others = parameters([(3,)])
     assert fusedopt.Muon([{"params": others, "use_muon": False}]).param_groups[0]["eps"] == 1e-8
