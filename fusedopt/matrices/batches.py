@@ -156,9 +156,9 @@ class Batches:
         for key, batch in self._batches.items():
             shape = batch.count, key.rows, key.columns
             batch.x = memory.take(key, math.prod(shape), DTYPE, like[key.device]).view(shape)
-        for each, place in places:
+        for index, (each, place) in enumerate(places):
             if place is None:
-                flat = memory.take(("slot", each.position), math.prod(each.shape), each.dtype, each.like)
+                flat = memory.take(("slot", index), math.prod(each.shape), each.dtype, each.like)
             else:
                 key, first, count = place
                 flat = self._batches[key].x[first : first + count].view(-1)
