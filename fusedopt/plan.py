@@ -127,7 +127,7 @@ class Plan:
         self._grad_watch: Watch | None = None
         for entry, param in zip(self.entries, live.params, strict=True):
             entry.plain = is_plain(entry, param, live.rows[entry.row][len(entry.scalar_names) :])
-        self._step = (
+        self._step: MatrixStep | ElementwiseStep = (
             MatrixStep(optimizer, self.entries, params, live, hyper.count, previous and previous._step)
             if any(optimizer.product(group) is not None for group in optimizer.param_groups)
             else ElementwiseStep(optimizer, self.entries, live, hyper.count)

@@ -18,6 +18,11 @@ TOGETHER = 1 << 27
 MULTIPLE = 8  # elements, so that rows begin at multiples of 16 bytes, which the fast products of GPUs and CPUs ask for
 
 
+def direction_dtype(param: torch.dtype) -> torch.dtype:
+    """The dtype of the direction of a parameter: that of the products, but arithmetic in fp64 ends in fp64."""
+    return torch.float64 if param == torch.float64 else DTYPE
+
+
 @dataclass(frozen=True)
 class Product:
     """What is done to the direction of the matrices of a param group."""
@@ -150,6 +155,7 @@ class Batches:
     def __init__(self, matrices: Sequence[Matrices], memory: Memory) -> None:
         self._batches: dict[Key, Batch] = {}
         self._copies: list[tuple[int, Tensor, Tensor]] = []  # position; a piece of a slot, and of a batch
+        self._padded: list[tuple[int, Tensor]] = []  # position; all of a piece's place in a batch
         places = [(each, self._reserve_direct(each)) for each in matrices]
         pieces = [(each, self._reserve_pieces(each)) for each, place in places if place is None]
         like = {each.like.device: each.like for each in matrices}
@@ -165,20 +171,24 @@ class Batches:
             each.slot = flat.as_strided(each.shape, each.stride, flat.storage_offset())
         for each, reserved in pieces:
             for piece, (key, first, count) in zip(_pieces(each), reserved, strict=True):
-                target = self._batches[key].x[first : first + count, : piece.shape[-2], : piece.shape[-1]]
-                self._copies.append((each.position, piece, target.unflatten(0, piece.shape[:-2] or (1,)).view_as(piece)))
+                block = self._batches[key].x[first : first + count]
+                if block.numel() > piece.numel():
+                    self._padded.append((each.position, block))
+                target = block[:, : piece.shape[-2], : piece.shape[-1]]
+                self._copies.append(
+                    (each.position, piece, target.unflatten(0, piece.shape[:-2] or (1,)).view_as(piece))
+                )
         self._workspaces = {
             device: self._workspace(memory, device, like[device]) for device in {key.device for key in self._batches}
         }
 
     def run(self, present: Collection[int] | None) -> None:
         """Orthogonalize the directions of these parameters, of all at None, where they lie."""
-        copies = [
-            (piece, target)
-            for position, piece, target in self._copies
-            if present is None or position in present
-        ]
+        copies = [(piece, target) for position, piece, target in self._copies if present is None or position in present]
         pieces, targets = [piece for piece, _ in copies], [target for _, target in copies]
+        padded = [block for position, block in self._padded if present is None or position in present]
+        if padded:  # another plan, or what was not finite, may have left something there
+            torch._foreach_zero_(padded)
         if copies:
             torch._foreach_copy_(targets, pieces)
         for key, batch in self._batches.items():

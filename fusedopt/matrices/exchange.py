@@ -108,10 +108,6 @@ def cost(shape: Sequence[int]) -> float:
     return float(math.prod(lead) * short * short * (2 * long + short))
 
 
-def _padded(numel: int) -> int:
-    return -(-numel // 8) * 8  # so that every slot is aligned
-
-
 @dataclass
 class Share:
     """What one rank owns of a parameter: all matrices, or some of a batch.
@@ -127,6 +123,10 @@ class Share:
     cut: Cut
     first: int
     sent: Tensor = field(init=False)
+
+    def size_on(self, rank: int) -> int:
+        """How many elements there are for what a rank holds of them: so many that all pieces are aligned."""
+        return -(-math.prod(self.cut.shape_on(rank)) // 8) * 8
 
     @property
     def held(self) -> Tensor:
@@ -164,18 +164,17 @@ class Exchange:
         shares = [share for of_member in of_members for share in of_member]
         owner = owners([cost(share.cut.shape) for share in shares], count, turn % count)
         by_owner = [[share for share, of in zip(shares, owner, strict=True) if of == other] for other in range(count)]
-        self._sent = [sum(_padded(math.prod(share.cut.shape_on(rank))) for share in theirs) for theirs in by_owner]
         self._mine = by_owner[rank]
-        self._got = [sum(_padded(math.prod(share.cut.shape_on(other))) for share in self._mine) for other in range(count)]
+        self._sent = [sum(share.size_on(rank) for share in theirs) for theirs in by_owner]
+        self._got = [sum(share.size_on(other) for share in self._mine) for other in range(count)]
         first = members[0][0]
         self._out = memory.take((name, "sent"), sum(self._sent), first.dtype, first.like)
         self._in = memory.take((name, "got"), sum(self._got), first.dtype, first.like)
         start = 0
         for share in chain.from_iterable(by_owner):
             shape = share.cut.shape_on(rank)
-            size = math.prod(shape)
-            share.sent = self._out[start : start + size].view(shape)
-            start += _padded(size)
+            share.sent = self._out[start : start + math.prod(shape)].view(shape)
+            start += share.size_on(rank)
         self._laid: list[Share] = []  # those whose slots do not lie as they are sent
         for (matrices, _), of_member in zip(members, of_members, strict=True):
             size = math.prod(matrices.shape)
@@ -197,11 +196,10 @@ class Exchange:
         for rank in range(len(self._got)):
             for owned, share in zip(self.owned, self._mine, strict=True):
                 shape = share.cut.shape_on(rank)
-                size = math.prod(shape)
-                if size:
-                    got = self._in[start : start + size].view(shape)
+                if math.prod(shape):
+                    got = self._in[start : start + math.prod(shape)].view(shape)
                     self._pieces.append((got, owned.slot.narrow(share.cut.dim, *share.cut.piece(rank))))
-                start += _padded(size)
+                start += share.size_on(rank)
 
     def gather(self) -> None:
         """Bring the pieces to the owners of the matrices."""

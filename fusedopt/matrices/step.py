@@ -18,7 +18,7 @@ from ..step.layout import dense_stride
 from ..step.live import Live
 from ..step.watch import meta
 from ..storage.precision import NOTHING
-from .batches import DTYPE, Batches, Matrices, Memory, Product
+from .batches import Batches, Matrices, Memory, Product, direction_dtype
 from .exchange import Exchanges, cut_of, cuts_of
 
 
@@ -50,7 +50,7 @@ class MatrixStep:
         previous: object,
     ) -> None:
         products = list(map(optimizer.product, optimizer.param_groups))
-        self._memory = Memory(previous._memory if isinstance(previous, MatrixStep) else None)
+        self._memory: Memory = Memory(previous._memory if isinstance(previous, MatrixStep) else None)
         matrices = [
             _matrices(position, live.params[position], products[entry.group])
             for position, entry in enumerate(entries)
@@ -194,11 +194,6 @@ def descent_of(optimizer: OptimizerLike, entry: Entry, direction: Tensor) -> Ent
         grad_meta=meta(direction),
         plain=False,
     )
-
-
-def direction_dtype(param: torch.dtype) -> torch.dtype:
-    """The dtype of the direction of a parameter: that of the products, but arithmetic in fp64 ends in fp64."""
-    return torch.float64 if param == torch.float64 else DTYPE
 
 
 def _matrices(position: int, param: Tensor, product: Product) -> Matrices:
