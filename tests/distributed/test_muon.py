@@ -20,6 +20,13 @@ from tests.ranks import on_one_worker, on_ranks, rank_device, run_on_ranks
 from tests.twins import BACKENDS
 
 fsdp = pytest.importorskip("torch.distributed.fsdp")
+import torch.distributed.checkpoint as dcp  # noqa: E402
+from torch.distributed.checkpoint.state_dict import (  # noqa: E402
+    StateDictOptions,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor  # noqa: E402
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module  # noqa: E402
@@ -538,3 +545,67 @@ def test_momenta_in_8_bits(backend):
         rows = slice(dist.get_rank() * 4, dist.get_rank() * 4 + 4)
         assert type(held._local_tensor) is type(expected) is Quantized
         assert torch.equal(held._local_tensor.dequantize(), expected.dequantize()[rows])
+
+
+STATES = {"backend": "eager", "ema_decay": 0.9}
+
+
+def train_alone(net, optimizer, steps):
+    for step in steps:
+        set_same_grads(net, make_net(), step)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def everything(net, optimizer):
+    """All values, whole, by their names."""
+    values = {name: whole_of(param.detach()).clone() for name, param in net.named_parameters()}
+    for name, state in get_optimizer_state_dict(net, optimizer)["state"].items():
+        values.update({f"{name}.{key}": whole_of(value).clone() for key, value in state.items()})
+    return values
+
+
+@multiplied_alone
+def save_and_go_on(folder):
+    net = make_net(line_mesh())
+    optimizer = make_optimizer(net, **STATES)
+    train_alone(net, optimizer, range(2))
+    model_state, optimizer_state = get_state_dict(net, optimizer)
+    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder / "cut")
+    model_state, optimizer_state = get_state_dict(net, optimizer, options=StateDictOptions(full_state_dict=True))
+    torch.save({"model": model_state, "optimizer": optimizer_state}, folder / f"whole{dist.get_rank()}.pt")
+    train_alone(net, optimizer, range(2, 4))
+    torch.save(everything(net, optimizer), folder / f"expected{dist.get_rank()}.pt")
+
+
+@multiplied_alone
+def load_and_go_on(folder, is_full):
+    net = make_net(line_mesh())
+    with torch.no_grad():
+        for param in net.parameters():
+            param.zero_()
+    optimizer = make_optimizer(net, **STATES)
+    options = StateDictOptions(full_state_dict=is_full)
+    if is_full:
+        loaded = torch.load(folder / "whole0.pt", weights_only=True)
+    else:
+        model_state, optimizer_state = get_state_dict(net, optimizer)
+        loaded = {"model": model_state, "optimizer": optimizer_state}
+        dcp.load(loaded, checkpoint_id=folder / "cut")
+    set_state_dict(
+        net, optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"], options=options
+    )
+    train_alone(net, optimizer, range(2, 4))
+    expected = torch.load(folder / "expected0.pt", weights_only=True)
+    values = everything(net, optimizer)
+    assert values.keys() == expected.keys()
+    for key, value in values.items():
+        assert torch.equal(value, expected[key]), key
+
+
+@on_one_worker
+def test_a_checkpoint_goes_on_with_the_same_bits_on_other_ranks(tmp_path):
+    run_on_ranks(2, save_and_go_on, folder=tmp_path)
+    for count in (4, 1):
+        for is_full in (False, True):
+            run_on_ranks(count, load_and_go_on, folder=tmp_path, is_full=is_full)
