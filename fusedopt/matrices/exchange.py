@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..step.sharding import local, spec_of
 from .batches import Matrices, Memory
@@ -78,7 +79,8 @@ def cut_of(param: Tensor, name: str) -> Cut | None:
     ranks = spec.mesh.get_group(mesh_dim)
     coordinate = spec.mesh.get_coordinate()
     index = (*coordinate[:mesh_dim], slice(None), *coordinate[mesh_dim + 1 :])
-    in_mesh = spec.mesh.mesh[index].tolist()
+    with _disable_current_modes():  # the mesh is real in a dry run too
+        in_mesh = spec.mesh.mesh[index].tolist()
     places = tuple(map(in_mesh.index, dist.get_process_group_ranks(ranks)))
     held, dim = local(param).shape, placement.dim
     return Cut(ranks, places, dim, (*held[:dim], param.shape[dim], *held[dim + 1 :]))

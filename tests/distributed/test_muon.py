@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from unittest import mock
 
 import pytest
@@ -510,6 +511,28 @@ def test_ddp(backend):
     assert_same_bits(net, whole, optimizers)
 
 
+@both_backends
+@on_ranks(2)
+@multiplied_alone
+def test_steps_that_overlap_with_ddp(backend):
+    """Bucket by bucket, where all parameters are matrices."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 16, bias=False), nn.Tanh(), nn.Linear(16, 3, bias=False)).to(rank_device())
+    replica = nn.parallel.DistributedDataParallel(net, bucket_cap_mb=1e-4)
+    whole = copy.deepcopy(net)
+    fusedopt.register_functional_optim(fusedopt.Muon)
+    replica._register_fused_optim(fusedopt.Muon, LR, backend=backend)
+    optimizer = fusedopt.Muon(whole.parameters(), lr=LR, backend=backend)
+    for step in range(3):
+        replica.zero_grad()
+        replica(values_of((4, 6), step)).square().sum().backward()
+        for param, twin in zip(net.parameters(), whole.parameters(), strict=True):
+            twin.grad = param.grad.clone()
+        optimizer.step()
+        for param, twin in zip(net.parameters(), whole.parameters(), strict=True):
+            assert torch.equal(param, twin)
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 @both_backends
 @on_ranks(2)
@@ -534,11 +557,14 @@ def test_zero(backend):
 @on_ranks(4)
 @multiplied_alone
 def test_momenta_in_8_bits(backend):
-    """The codes of one process where shards are whole blocks, on the first step; then its directions."""
+    """The codes of one process where shards are whole blocks."""
     cases = [((16, 64), Shard(0), {}), ((16, 128), Shard(0), {})]
     models, optimizers = make_both(cases, line_mesh(), backend=backend, state_dtype="8bit")
     for step in range(2):
         step_both(models, optimizers, step)
+    full, expected_full = (fusedopt.full_state_dict(optimizer)["state"] for optimizer in optimizers)
+    for key, state in full.items():
+        assert torch.equal(state["momentum_buffer"].full_tensor(), expected_full[key]["momentum_buffer"])
     for param, twin in zip(*(model.all for model in models), strict=True):
         assert torch.equal(param.full_tensor(), twin.detach())
         held, expected = (opt.state[p]["momentum_buffer"] for opt, p in zip(optimizers, (param, twin), strict=True))
