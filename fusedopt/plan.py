@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, MutableMapping, Sequence
 from functools import partial
 from itertools import chain, islice
 from operator import add, is_, itemgetter
@@ -54,6 +54,7 @@ class Plan:
         previous: Plan | None,
         grads: Sequence[Tensor | None],
         begun: Begun,
+        buffers: MutableMapping[Hashable, Tensor],
     ) -> None:
         params = all_params(optimizer)
         if hyper.reads_gradients:
@@ -127,8 +128,8 @@ class Plan:
         self._grad_watch: Watch | None = None
         for entry, param in zip(self.entries, live.params, strict=True):
             entry.plain = is_plain(entry, param, live.rows[entry.row][len(entry.scalar_names) :])
-        self._step: MatrixStep | ElementwiseStep = (
-            MatrixStep(optimizer, self.entries, params, live, hyper.count, previous and previous._step)
+        self._step = (
+            MatrixStep(optimizer, self.entries, params, live, hyper.count, buffers)
             if any(optimizer.product(group) is not None for group in optimizer.param_groups)
             else ElementwiseStep(optimizer, self.entries, live, hyper.count)
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -41,22 +41,24 @@ class Product:
 
 
 class Memory:
-    """Buffers that outlive a plan: the next one of the same optimizer takes over those that fit.
+    """Buffers that nobody needs between two steps.
 
     Args:
-        previous: those of the plan before.
+        shared: those of all plans of an optimizer and of its parts, which step one after the other: the next plan takes
+            over those that fit, and parts that step in backward have them in common.
     """
 
-    def __init__(self, previous: Memory | None = None) -> None:
-        self._previous = {} if previous is None else previous._held
-        self._held: dict[object, Tensor] = {}
+    def __init__(self, shared: MutableMapping[Hashable, Tensor]) -> None:
+        self._shared = shared
+        self._held: dict[Hashable, Tensor] = {}
 
-    def take(self, name: object, numel: int, dtype: torch.dtype, like: Tensor) -> Tensor:
+    def take(self, name: Hashable, numel: int, dtype: torch.dtype, like: Tensor) -> Tensor:
         """The flat buffer of this name, of zeros where it is new, where `like` is."""
-        buffer = self._previous.get(name)
-        if buffer is None or (buffer.numel(), buffer.dtype, buffer.device) != (numel, dtype, like.device):
+        key = name, numel, dtype, like.device, type(like)
+        buffer = self._shared.get(key)
+        if buffer is None:
             buffer = like.new_zeros(numel, dtype=dtype)
-        self._held[name] = buffer
+        self._shared[key] = self._held[key] = buffer
         return buffer
 
     @property

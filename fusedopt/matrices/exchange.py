@@ -7,7 +7,7 @@ takes part in two all-to-all a step: one brings pieces of the directions to thei
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, pairwise
 from typing import Any
@@ -159,7 +159,7 @@ class Exchange:
         turn: a number that differs between exchanges that follow each other, so that not one rank owns all of them.
     """
 
-    def __init__(self, members: Sequence[tuple[Matrices, Cut]], memory: Memory, name: object, turn: int) -> None:
+    def __init__(self, members: Sequence[tuple[Matrices, Cut]], memory: Memory, name: Hashable, turn: int) -> None:
         self._ranks = members[0][1].ranks
         rank, count = dist.get_rank(self._ranks), dist.get_world_size(self._ranks)
         of_members = [shares_of(matrices, cut, count) for matrices, cut in members]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, MutableMapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -34,7 +34,7 @@ class MatrixStep:
         params: all parameters of the optimizer.
         live: the tensors of the entries.
         n_hyper: how many numbers of a group are the class's.
-        previous: what took the steps of the plan before.
+        buffers: those of all plans of the optimizer.
 
     Attributes:
         exchanges: whether ranks bring each other pieces of matrices.
@@ -47,10 +47,10 @@ class MatrixStep:
         params: Sequence[Tensor],
         live: Live,
         n_hyper: int,
-        previous: object,
+        buffers: MutableMapping[Hashable, Tensor],
     ) -> None:
         products = list(map(optimizer.product, optimizer.param_groups))
-        self._memory: Memory = Memory(previous._memory if isinstance(previous, MatrixStep) else None)
+        self._memory = Memory(buffers)
         matrices = [
             _matrices(position, live.params[position], products[entry.group])
             for position, entry in enumerate(entries)
