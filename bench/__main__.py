@@ -1,7 +1,7 @@
 """Everything there is to measure on this machine, one program after the other: `make bench`.
 
-On a GPU: the tests that need one, if asked for; the host time of steps; all comparisons; the report. What one of them
-lacks or fails at keeps the others from nothing, and the results of each are written as soon as they are there.
+On a GPU: the tests that need one, if asked for; the host time of steps; Muon; all comparisons; the report. What one of
+them lacks or fails at keeps the others from nothing, and the results of each are written as soon as they are there.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ def main() -> int:
     if options.gpu_tests:
         failed += not run("pytest", "tests", "-m", "gpu", "-q", needs="pytest")
     failed += not run("bench.host_time", "--out", str(out), needs="triton")
+    failed += not run("bench.muon", "--out", str(out), needs="")
     failed += not run("pytest", "bench", "-q", "--results", str(result), *budget, needs="pytest")
     if (ROOT / result).exists():
         failed += not run("bench.report", str(result), needs="tabulate matplotlib")

@@ -3,7 +3,6 @@
 from .backward import step_in_backward
 from .full_state import full_state_dict
 from .functional import register_functional_optim
-from .muon_groups import muon_groups
 from .optimizer import FusedOptimizer
 from .rules.adadelta import Adadelta
 from .rules.adagrad import Adagrad
@@ -12,6 +11,7 @@ from .rules.adamax import Adamax
 from .rules.asgd import ASGD
 from .rules.lion import Lion
 from .rules.muon import Muon
+from .rules.muon_groups import muon_groups
 from .rules.nadam import NAdam
 from .rules.radam import RAdam
 from .rules.rmsprop import RMSprop

@@ -128,11 +128,11 @@ class Plan:
         self._grad_watch: Watch | None = None
         for entry, param in zip(self.entries, live.params, strict=True):
             entry.plain = is_plain(entry, param, live.rows[entry.row][len(entry.scalar_names) :])
-        self._step = (
-            MatrixStep(optimizer, self.entries, params, live, hyper.count, buffers)
-            if any(optimizer.product(group) is not None for group in optimizer.param_groups)
-            else ElementwiseStep(optimizer, self.entries, live, hyper.count)
-        )
+        self._step: ElementwiseStep | MatrixStep
+        if any(optimizer.product(group) is not None for group in optimizer.param_groups):
+            self._step = MatrixStep(optimizer, self.entries, params, live, hyper.count, buffers)
+        else:
+            self._step = ElementwiseStep(optimizer, self.entries, live, hyper.count)
         self._compiled: set[tuple[bool, bool]] = set()  # the kinds of steps for which all kernels are there
         self.device = self._step.device  # where it is decided
         # The reference works on the tensors themselves, wherever they lie.

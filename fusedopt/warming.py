@@ -12,7 +12,8 @@ from .engines.compiled import CompileError
 from .engines.kernel_step import signature_of
 from .engines.signature import Signature
 from .engines.tables import Item, Tables
-from .matrices.step import descent_of, direction_dtype, direction_of
+from .matrices.batches import direction_dtype
+from .matrices.step import descent_of, direction_of
 from .optimizer import FusedOptimizer
 from .step import graphs
 from .step.entry import Entry, entries_of, param_name, state_of

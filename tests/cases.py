@@ -33,7 +33,8 @@ class Case:
 
     def make_torch(self, params: Any, **extra: Any) -> torch.optim.Optimizer:
         assert self.in_torch, f"torch.optim has no {self.id}"
-        return getattr(torch.optim, self.optimizer)(params, **self.options, foreach=False, **extra)
+        loop = {} if self.optimizer == "Muon" else {"foreach": False}
+        return getattr(torch.optim, self.optimizer)(params, **self.options, **loop, **extra)
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,7 @@ MISSING = {
 }
 
 
+@pytest.mark.xdist_group("without Triton")  # what is compiled without it is compiled once
 @pytest.mark.parametrize("missing", MISSING.values(), ids=MISSING)
 def test_without_triton(missing):
     code = f"""

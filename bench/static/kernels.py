@@ -13,7 +13,7 @@ import torch
 from fusedopt import FusedOptimizer
 from fusedopt.engines.signature import THREADS, Signature, rule
 from fusedopt.engines.tables import PREPARE_BLOCK_SIZE, squares_constants
-from fusedopt.matrices.step import direction_dtype
+from fusedopt.matrices.batches import direction_dtype
 from fusedopt.options import option
 from fusedopt.step.hyper import count_numbers, count_scalars
 from fusedopt.storage.precision import NOTHING, QUANTIZED_FROM, code_of, is_stochastic, kept_state, state_dtype
@@ -123,7 +123,11 @@ class Update(Kernel):
 
     @property
     def constants(self) -> dict[str, Any]:
-        mine = {"UPDATE": rule(self.optimizer, self.signature.update)[1], "N_SCALARS": self.n_scalars, "UNSCALE": self.unscale}
+        mine = {
+            "UPDATE": rule(self.optimizer, self.signature.update)[1],
+            "N_SCALARS": self.n_scalars,
+            "UNSCALE": self.unscale,
+        }
         return mine | self.signature.constants
 
     @property

@@ -79,7 +79,9 @@ class ReferenceStep:
                         layout.scale(grad, unscale)
                     references[entry.update](param, grad if clip == 1 else grad * clip, states, scalars)
                 else:
-                    weights = _widened(references[entry.update], entry, param, (grad, unscale * clip), row, scalars, rounding_step)
+                    weights = _widened(
+                        references[entry.update], entry, param, (grad, unscale * clip), row, scalars, rounding_step
+                    )
                     if unscale != 1:  # afterwards: the step has not seen what rounding makes of it
                         layout.scale(grad, unscale)
                 if entry.averaged:

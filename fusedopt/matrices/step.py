@@ -50,7 +50,7 @@ class MatrixStep:
         buffers: MutableMapping[Hashable, Tensor],
     ) -> None:
         products = list(map(optimizer.product, optimizer.param_groups))
-        self._memory = Memory(buffers)
+        self.memory = Memory(buffers)
         matrices = [
             _matrices(position, live.params[position], products[entry.group])
             for position, entry in enumerate(entries)
@@ -66,11 +66,11 @@ class MatrixStep:
         cuts = [cut_of(params[entries[each.position].index], entries[each.position].name) for each in matrices]
         self._exchanges = Exchanges(
             [(each, cut) for each, cut in zip(matrices, cuts, strict=True) if cut is not None],
-            self._memory,
+            self.memory,
             entries[0].tensor if entries else 0,
         )
         whole = [each for each, cut in zip(matrices, cuts, strict=True) if cut is None]
-        self._batches = Batches([*whole, *self._exchanges.owned], self._memory)
+        self._batches = Batches([*whole, *self._exchanges.owned], self.memory)
         self._exchanges.connect()
         self._positions = [each.position for each in matrices]
         self._slots = [each.slot for each in matrices]
@@ -99,7 +99,7 @@ class MatrixStep:
     @property
     def nbytes(self) -> int:
         """The memory that the products take beside parameters, gradients and states."""
-        return self._memory.nbytes
+        return self.memory.nbytes
 
     def is_current(self) -> bool:
         """Whether the kernels can be launched as they are, on the stream that is current."""

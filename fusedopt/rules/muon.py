@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
@@ -44,8 +43,8 @@ class Muon(FusedOptimizer):
     the number of matrices. `FusedOptimizer`'s options apply to these passes.
 
     A parameter of shape ``[..., M, N]`` is a batch of matrices, such as one of experts. A group with
-    ``use_muon=False`` steps by `AdamW`'s rule, in the same launches: give it the parameters for which Muon is not meant,
-    embeddings, the output layer, biases, norms and convolutions. `muon_groups` sorts those of a model.
+    ``use_muon=False`` steps by `AdamW`'s rule, in the same launches: give it the parameters for which Muon is not
+    meant, embeddings, the output layer, biases, norms and convolutions. `muon_groups` sorts those of a model.
 
     DTensors may be replicated, or cut along one dimension of their mesh, as by ``fully_shard``, by tensor parallelism,
     or by both kinds of ranks in HSDP. Each rank then orthogonalizes some whole matrices, about as much as the others,
@@ -94,7 +93,8 @@ class Muon(FusedOptimizer):
     Raises:
         ValueError: an argument outside its range; a parameter of fewer than two dimensions where `use_muon` is true;
             `split` does not fit one.
-        RuntimeError: in ``step``, for complex parameters and sparse gradients; for DTensors that are cut in another way.
+        RuntimeError: in ``step``, for complex parameters and sparse gradients, and for DTensors that are cut in another
+            way.
     """
 
     kernel = "muon"
@@ -110,6 +110,7 @@ class Muon(FusedOptimizer):
     choices = decay.CHOICES
     scalar_states = ("step",)
     states = ("exp_avg", "exp_avg_sq", "momentum_buffer")
+    always = ("step", "exp_avg", "exp_avg_sq")  # of AdamW's groups
     nonnegative = ("exp_avg_sq",)
 
     def __init__(
@@ -227,7 +228,7 @@ def _product(group: Group, of_group: str) -> Product | None:
     if not use_muon:
         return None
     steps, eps, adjust_lr_fn = group["ns_steps"], group["eps"], group["adjust_lr_fn"]
-    if not isinstance(steps, int) or isinstance(steps, bool) or not 0 <= steps:
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
         raise ValueError(f"ns_steps{of_group} must be an integer that is not negative, but it is {steps!r}")
     if steps > MOST_STEPS:
         raise ValueError(f"Number of steps must be less than {MOST_STEPS + 1} for computational efficiency")

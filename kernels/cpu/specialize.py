@@ -5,6 +5,7 @@ import copy
 import inspect
 from types import FunctionType, ModuleType
 
+import numba
 from numba import njit
 
 from . import language
@@ -12,9 +13,19 @@ from .memory import static_range
 from .source import definition, is_constant, unwrapped, used
 
 PACKAGE = __package__
-OPTIONS = {"error_model": "numpy", "no_cpython_wrapper": True, "forceinline": True}
+OPTIONS = {
+    "error_model": "numpy",
+    "no_cpython_wrapper": True,
+    "no_cfunc_wrapper": True,
+    "forceinline": True,
+}
+if numba.__version__.startswith("0.68."):  # other releases may lack what is named there, and compile a sixth longer
+    from .parts import Part
+
+    OPTIONS["pipeline_class"] = Part
 BUILTINS = {"len": len, "range": range}
 VALUES = (bool, int, float, str, tuple, type(None))
+_shared = {}  # what kernels have in common, by function, constants and dtype of the arithmetic
 
 
 def specialize(function, constants, compute, done):
@@ -34,7 +45,7 @@ def specialize(function, constants, compute, done):
         names.pop(parameter.arg, None)
     names |= {name: meaning(value) for name, value in constants.items()} | {"COMPUTE": compute}
     # What is assigned somewhere is not the global of that name.
-    assigned = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    assigned = _stored(tree)
     known = {name: value for name, value in names.items() if name not in assigned}
     weak = function.__module__ == language.__name__ or not function.__module__.startswith(PACKAGE)
     tree.body = _Specializer(known, names, compute, weak, done).statements(tree.body)
@@ -70,6 +81,7 @@ class _Specializer(ast.NodeTransformer):
         self._compute = compute
         self._weak = weak  # whether numbers take the dtype of the arithmetic
         self._done = done
+        self._items = {}  # of tuples that are put together item by item: their names, and the names of the items
 
     def statements(self, nodes):
         """These statements, specialized."""
@@ -87,14 +99,23 @@ class _Specializer(ast.NodeTransformer):
                 return ast.copy_location(self._named(value), node)
         return super().visit(node)
 
+    def visit_Name(self, node):
+        """A tuple that has been put together."""
+        if node.id in self._items and isinstance(node.ctx, ast.Load):
+            return ast.copy_location(self._tuple(node.id), node)
+        return node
+
     def visit_Subscript(self, node):
         """An index, and each end of a slice, stays the integer that it is."""
+        is_slice = isinstance(node.slice, ast.Slice)
+        is_known, index = (False, None) if is_slice else self._evaluated(node.slice)
+        if is_known and isinstance(node.value, ast.Name) and node.value.id in self._items:
+            return ast.copy_location(ast.Name(self._items[node.value.id][index], ast.Load()), node)
         node.value = self.visit(node.value)
-        ends = node.slice if isinstance(node.slice, ast.Slice) else node
-        for name, end in ast.iter_fields(ends):
-            if isinstance(end, ast.expr) and end is not node.value:
-                is_known, index = self._evaluated(end)
-                setattr(ends, name, ast.Constant(index) if is_known else self.visit(end))
+        for owner, name in [(node.slice, end) for end in ("lower", "upper", "step")] if is_slice else [(node, "slice")]:
+            if getattr(owner, name) is not None:
+                is_known, index = self._evaluated(getattr(owner, name))
+                setattr(owner, name, ast.Constant(index) if is_known else self.visit(getattr(owner, name)))
         return node
 
     def visit_Call(self, node):
@@ -118,15 +139,24 @@ class _Specializer(ast.NodeTransformer):
 
     def visit_Assign(self, node):
         """What is assigned is not known any more."""
-        node = self.generic_visit(node)
-        for target in node.targets:
-            for part in ast.walk(target):
-                if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store):
-                    self._known.pop(part.id, None)
+        node.value = self.visit(node.value)
+        for name in _stored(node):
+            self._known.pop(name, None)
+            self._items.pop(name, None)
+        if isinstance(node.targets[0], ast.Name) and isinstance(node.value, ast.Tuple) and not node.value.elts:
+            self._items[node.targets[0].id] = []
+            return None
+        node.targets = [self.visit(target) for target in node.targets]
         return node
 
     def visit_AugAssign(self, node):
-        """Numba adds no tuple in place."""
+        """Numba adds no tuple in place, and takes long to add one at all: each item has a name of its own."""
+        items = self._items.get(getattr(node.target, "id", None))
+        if items is not None and _is_plain_tuple(node.value):
+            values = [self.visit(value) for value in node.value.elts]
+            names = [f"{node.target.id}_{len(items) + i}_" for i in range(len(values))]
+            items += names
+            return [_assignment(name, value, node) for name, value in zip(names, values, strict=True)]
         target = ast.Name(node.target.id, ast.Load())
         assign = ast.Assign([node.target], ast.copy_location(ast.BinOp(target, node.op, node.value), node))
         return self.visit(ast.copy_location(assign, node))
@@ -144,10 +174,19 @@ class _Specializer(ast.NodeTransformer):
         is_known, test = self._evaluated(node.test)
         if is_known:
             return self.statements(node.body if test else node.orelse)
+        before = self._together(node)
         node.test = self.visit(node.test)
-        node.body = self.statements(node.body)
-        node.orelse = self.statements(node.orelse) if node.orelse else []
-        return node
+        node.body = self._body(node.body)
+        node.orelse = self._body(node.orelse) if node.orelse else []
+        return [*before, node]
+
+    def visit_While(self, node):
+        """As an `if`."""
+        before = self._together(node)
+        node.test = self.visit(node.test)
+        node.body = self._body(node.body)
+        node.orelse = self._body(node.orelse) if node.orelse else []
+        return [*before, node]
 
     def visit_IfExp(self, node):
         """As an `if`."""
@@ -165,9 +204,10 @@ class _Specializer(ast.NodeTransformer):
                 self._known[node.target.id] = i
                 lines += self.statements(copy.deepcopy(node.body))
             return lines
+        before = self._together(node)
         node.iter = self.visit(node.iter)
-        node.body = self.statements(node.body)
-        return node
+        node.body = self._body(node.body)
+        return [*before, node]
 
     def visit_Expr(self, node):
         """Check a `static_assert`."""
@@ -178,8 +218,30 @@ class _Specializer(ast.NodeTransformer):
             return None
         return self.generic_visit(node)
 
+    def _together(self, node):
+        """Statements that make ordinary tuples of those which a loop or a branch changes."""
+        return [self._whole(name, node) for name in sorted(_stored(node) & self._items.keys())]
+
+    def _body(self, nodes):
+        """What is done in a loop or a branch; tuples that begin in there are ordinary ones behind it."""
+        outside = set(self._items)
+        lines = self.statements(nodes)
+        return lines + [self._whole(name, nodes[-1]) for name in sorted(self._items.keys() - outside)]
+
+    def _whole(self, name, node):
+        line = _assignment(name, self._tuple(name), node)
+        del self._items[name]
+        return line
+
+    def _tuple(self, name):
+        return ast.Tuple([ast.Name(item, ast.Load()) for item in self._items[name]], ast.Load())
+
     def _evaluated(self, node):
         """(whether the value of an expression is known, the value)."""
+        if isinstance(node, ast.Constant):
+            return True, node.value
+        if isinstance(node, ast.Name) and node.id in self._known:
+            return True, meaning(self._known[node.id])
         for part in ast.walk(node):
             if isinstance(part, ast.Name) and part.id not in self._known and part.id not in BUILTINS:
                 return False, None
@@ -221,10 +283,34 @@ class _Specializer(ast.NodeTransformer):
                 constants[parameter.arg] = self._constant(argument) if isinstance(argument, ast.expr) else argument
             else:
                 arguments.append(self.visit(argument) if isinstance(argument, ast.expr) else self._literal(argument))
-        kind = function, repr(constants)  # in which True is not 1
-        if kind not in self._done:
-            self._done[kind] = specialize(function, constants, self._compute, self._done)
-        return ast.Call(self._named(self._done[kind]), arguments, [])
+        kind = function, repr(constants), self._compute  # in which True is not 1
+        done = _shared if _is_shared(function, constants) else self._done
+        if kind not in done:
+            done[kind] = specialize(function, constants, self._compute, self._done)
+        return ast.Call(self._named(done[kind]), arguments, [])
+
+
+def _is_shared(function, constants):
+    """Whether no kernel can make anything else of a function: of a user, it may name what has changed since."""
+    is_own = function.__module__.startswith(f"{PACKAGE.rpartition('.')[0]}.")
+    return is_own and all(map(_is_plain, constants.values()))
+
+
+def _is_plain(value):
+    return all(map(_is_plain, value)) if isinstance(value, tuple) else isinstance(value, VALUES)
+
+
+def _stored(node):
+    """The names that a statement assigns."""
+    return {part.id for part in ast.walk(node) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)}
+
+
+def _is_plain_tuple(node):
+    return isinstance(node, ast.Tuple) and not any(isinstance(item, ast.Starred) for item in node.elts)
+
+
+def _assignment(name, value, node):
+    return ast.copy_location(ast.Assign([ast.Name(name, ast.Store())], value), node)
 
 
 def _is_device_function(value):

@@ -241,7 +241,7 @@ def test_what_is_missing_keeps_nobody_else_from_running(monkeypatch, capsys, tmp
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr(sys, "argv", ["bench", "--gpu-tests", "--budget", "5", "--out", str(tmp_path)])
     assert everything.main() == 2
-    assert ran == ["pytest", "pytest", "bench.report"]
+    assert ran == ["pytest", "bench.muon", "pytest", "bench.report"]
     assert "left out: triton not installed" in capsys.readouterr().out
 
 

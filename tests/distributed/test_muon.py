@@ -501,7 +501,7 @@ def test_parts_share_the_memory_of_their_products(backend, device):
     steps = fusedopt.step_in_backward(net, lambda params: fusedopt.Muon(params, lr=LR, backend=backend))
     for _ in range(2):
         net(values_of((4, 16), 0).to(device)).square().sum().backward()
-    memories = [part._stepper.plan._step._memory for part in steps._parts.values()]
+    memories = [part._stepper.plan._step.memory for part in steps._parts.values()]
     buffers = {id(buffer): buffer.nbytes for memory in memories for buffer in memory._held.values()}
     assert sum(buffers.values()) == memories[0].nbytes == 2 * 4 * 16 * 16
 

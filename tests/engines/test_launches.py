@@ -261,6 +261,28 @@ def test_steady_step_waits_for_nothing(launches, case, dtype, options):
     assert kernels(launches) == 4 * ["prepare", "update"]
 
 
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0, "skip_nonfinite": True, "ema_decay": 0.9}], ids=str)
+@pytest.mark.parametrize("groups", [1, 4])
+def test_a_step_of_matrices_waits_for_nothing(launches, options, groups):
+    """Two launches, products, two launches, whatever the number of groups; AdamW's group takes one more."""
+    matrices = [torch.nn.Parameter(torch.ones(shape, device=DEVICE)) for shape in [(8, 16), (16, 8), (3, 5)] * 4]
+    others = parameters(6)
+    in_groups = [{"params": matrices[i::groups], "lr": 0.1 * i} for i in range(groups)]
+    optimizer = fusedopt.Muon([*in_groups, {"params": others, "use_muon": False}], backend="triton", **options)
+    set_grads(matrices)
+    optimizer.step()
+    operations = Operations()
+    for step in range(3):
+        set_grads([*matrices, *others])
+        matrices[step].grad = None
+        optimizer.param_groups[0]["lr"] *= 0.5
+        with operations:
+            optimizer.step()
+    assert not operations.names & WAITING
+    squares = ["sum_squares"] if options else []
+    assert kernels(launches) == 4 * [*squares, "prepare", "update", "update", "prepare", "update"]
+
+
 @pytest.mark.parametrize("name", ["SGD", "AdamW"])
 @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0, "skip_nonfinite": True, "ema_decay": 0.9}], ids=str)
 def test_grad_scaler_waits_for_nothing(launches, name, options):

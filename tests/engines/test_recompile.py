@@ -15,10 +15,9 @@ RUNS = [
     ("SGD", {"momentum": 0.9}, ["float32"], {"fusedopt_prepare_sgd_scalars": 1, "fusedopt_sgd_update": 2}),
     ("Adam", {"tensor_lr": True}, ["float32"], ADAM),
     ("AdamW", {"rounding": "stochastic"}, ["bfloat16"], ADAM),
-    ("AdamW", {"rounding": "stochastic", "master_weights": True}, ["bfloat16"], ADAM),
     (
         "AdamW",
-        {"max_grad_norm": 1.0, "ema_decay": 0.9},
+        {"max_grad_norm": 1.0, "ema_decay": 0.9, "master_weights": True},
         ["bfloat16", "float32"],
         {**ADAM, "fusedopt_adam_update": 4, "fusedopt_sum_squares_bf16": 1, "fusedopt_sum_squares_fp32": 1},
     ),

@@ -5,7 +5,7 @@ import torch
 
 import fusedopt
 import fusedopt.engines.tables
-from tests.cases import CASES, MODES, Case
+from tests.cases import CASES, MODES, Case, Mode
 from tests.conftest import DEVICE
 from tests.twins import random, set_grads, snapshot
 
@@ -92,6 +92,16 @@ def test_before_the_first_step(launches, case):
 @pytest.mark.parametrize("case", [SGD_MOMENTUM, ADAMW], ids=lambda case: case.id)
 def test_every_mode(launches, case, mode):
     optimizer = case.make(parameters(mode.dtype), backend="triton", **mode.options)
+    assert_foretold(launches, optimizer, optimizer.step)
+
+
+@pytest.mark.parametrize("mode", [MODES[2], MODES[8], Mode(FP64, AROUND)], ids=lambda mode: mode.id)
+def test_matrices(launches, mode):
+    """Both updates, and AdamW's beside the first of them."""
+    matrices = [torch.nn.Parameter(random(shape, 0, mode.dtype)) for shape in [(3, 4), (4, 3)]]
+    set_grads(matrices, 0)
+    groups = [{"params": matrices}, {"params": parameters(mode.dtype), "use_muon": False}]
+    optimizer = fusedopt.Muon(groups, backend="triton", **mode.options)
     assert_foretold(launches, optimizer, optimizer.step)
 
 

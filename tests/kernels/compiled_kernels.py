@@ -13,6 +13,7 @@ TESTED = ["sm_80", "sm_90", "gfx942"]
 EVERY_MODE = [*MODES, *AVERAGED]
 HEAVIEST = ["bfloat16-rounding=stochastic", "bfloat16-ema_decay=0.999-master_weights"]  # most registers and streams
 QUANTIZED = "float32-state_dtype=8bit"
+COUNTED = ["bfloat16-master_weights", "bfloat16-kahan"]  # whose instructions the tests count
 MOMENTUM, ADAM, AMSGRAD = "sgd-momentum_buffer", "adam-exp_avg-exp_avg_sq", "adam-exp_avg-exp_avg_sq-max_exp_avg_sq"
 NUMBERS = [1, 2, 15, 16, 17, 2**31 - 1, 2**31, 2**40]
 UPDATES = updates_of([*CASES, *MATRIX_CASES], EVERY_MODE)
@@ -20,7 +21,7 @@ PREPARES = prepares_of(UPDATES)
 UPDATES += unscaling(
     kernel
     for kernel in UPDATES
-    if (kernel.rule == ADAM and (not kernel.scales or kernel.dtypes == QUANTIZED))
+    if (kernel.rule == ADAM and kernel.dtypes in (*SIGNATURES, *HEAVIEST, QUANTIZED))
     or (kernel.rule == "sgd" and kernel.dtypes in SIGNATURES)
 )
 SQUARES = list(map(SumSquares, DTYPES))
@@ -29,8 +30,9 @@ SQUARES = list(map(SumSquares, DTYPES))
 def compiled_for(kernel):
     """The targets: all for the usual dtypes of SGD and Adam and what is heaviest of Adam; sm_90 for the other rules.
 
-    A rule is the same text in every mode, and a mode the same for every rule, so that the other modes are compiled with
-    SGD and Adam only, averages with the fewest and the most states. gfx942 has functions of its own and takes every
+    A rule is the same text in every mode, and a mode the same for every rule. So the other rules are compiled in each
+    dtype of the arithmetic, and rounding stochastically, which has the accesses of bf16 and more instructions; the
+    other modes with no state, one, and three: two are between them. gfx942 has functions of its own and takes every
     rule once; sm_80 has those of sm_90. `bench.static` compiles everything for all targets.
     """
     if kernel.rule == "muon-exp_avg-exp_avg_sq":  # Adam's function
@@ -42,15 +44,19 @@ def compiled_for(kernel):
         )
     if (kernel.rule in (ADAM, MOMENTUM) and usual) or (kernel.rule == ADAM and heaviest) or kernel.id == "sgd-fp32":
         return TESTED
-    if usual or kernel.dtypes in HEAVIEST:
+    if kernel.dtypes in ("fp32", "fp64", HEAVIEST[0]):
         return ["sm_90", "gfx942"] if kernel.dtypes == "fp32" else ["sm_90"]
-    some = ("sgd", AMSGRAD) if "ema_decay" in kernel.dtypes else ("sgd", MOMENTUM, ADAM, AMSGRAD)
+    if kernel.rule == ADAM and kernel.dtypes in COUNTED:
+        return ["sm_90"]
+    some = ("sgd", AMSGRAD) if "ema_decay" in kernel.dtypes else ("sgd", MOMENTUM, AMSGRAD)
     return ["sm_90"] if kernel.rule in some else []
 
 
 def prepared_for(kernel):
-    """The targets of a `prepare`: every one for those that read numbers of the host only."""
-    return ["sm_90"] if kernel.hyper_tensors else TESTED
+    """The targets of a `prepare` that reads numbers of the host only: as the updates of its rule in fp32."""
+    if kernel.hyper_tensors:
+        return ["sm_90"]
+    return TESTED if kernel.of.optimizer.kernel in ("adam", "sgd") else ["sm_90", "gfx942"]
 
 
 def main():

@@ -74,7 +74,9 @@ class Memory:
 
 # That the interpreter gives the bits of what is compiled says test_same_bits; here it has every size and alignment.
 FEW = [Case("SGD", {"lr": 0.1}), Case("AdamW", {"amsgrad": True})]
-ORACLE = [(KERNELS, case, dtypes) for dtypes in DTYPES for case in (CASES if len(set(dtypes)) == 1 else FEW)]
+# Every rule in each dtype of the arithmetic, and with one of 16 bits: no rule sees which one is stored.
+EVERY = [(dtype, dtype, dtype) for dtype in (FP64, FP32, BF16)]
+ORACLE = [(KERNELS, case, dtypes) for dtypes in DTYPES for case in (CASES if dtypes in EVERY else FEW)]
 if KERNELS != "triton":
     ORACLE += [("triton", case, dtypes) for dtypes in DTYPES for case in FEW]
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.cases import AVERAGED, CASES, FP16, FP32, MODES, Case, Mode
+from tests.cases import AVERAGED, CASES, FP16, FP32, MATRIX_CASES, MODES, Case, Mode
 from tests.rules.test_reference import Noise, name_of, seeded
 from tests.storage.test_precision import DISTINCT
 
@@ -50,12 +50,12 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and bool((equal | (a.isnan() & b.isnan())).all())
 
 
-def parameters(noise: Noise, dtype: torch.dtype) -> list[torch.nn.Parameter]:
+def parameters(noise: Noise, dtype: torch.dtype, dims: int = 1) -> list[torch.nn.Parameter]:
     """Special values, subnormals and ordinary ones, in more than one program and at odd addresses."""
     special = torch.tensor(SPECIAL, dtype=torch.float64)
     subnormal = torch.finfo(dtype).tiny * torch.linspace(-1, 1, 60, dtype=torch.float64)
     values = [special.repeat_interleave(len(SPECIAL)), subnormal, noise(17000), noise(35)[3:]]
-    return [torch.nn.Parameter(value.to(dtype)) for value in values]
+    return [torch.nn.Parameter(value.to(dtype)[(None,) * (dims - 1)]) for value in values]
 
 
 def gradients(noise: Noise, dtype: torch.dtype, grad_dtype: torch.dtype, step: int) -> list[Tensor]:
@@ -69,13 +69,13 @@ def gradients(noise: Noise, dtype: torch.dtype, grad_dtype: torch.dtype, step: i
 def run(backend: str, case: Case, mode: Mode, seed: int, grad_dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """What there is after each of a few steps, one of which is scaled and one of which is skipped."""
     noise = Noise(seed, mode.dtype, torch.device("cpu"))
-    params = parameters(noise, mode.dtype)
+    params = parameters(noise, mode.dtype, dims=1 + (case in MATRIX_CASES))
     optimizer = case.make(params, backend=backend, **mode.options)
     tensors = {}
     for step in range(1, 5):
         grads = gradients(noise, mode.dtype, grad_dtype or mode.dtype, step)
         for param, grad in zip(params, grads, strict=True):
-            param.grad_dtype, param.grad = grad.dtype, grad
+            param.grad_dtype, param.grad = grad.dtype, grad.view(param.shape)
         optimizer.grad_scale = torch.tensor(4.0) if step == 2 else None
         optimizer.found_inf = torch.tensor(float(step == 3))
         optimizer.step()
@@ -101,6 +101,7 @@ AMSGRAD = Case("AdamW", {"amsgrad": True, "maximize": True})
 # No rule sees 16 bits, only what is stored of it does: once for each set of states.
 RULES = [(case, mode) for case in CASES for mode in PLAIN[:2]]
 RULES += [(case, PLAIN[2 + i % 2]) for i, case in enumerate(DISTINCT)]
+RULES += [(case, PLAIN[i % 4]) for i, case in enumerate(MATRIX_CASES)]
 
 
 @seeded
@@ -111,7 +112,7 @@ def test_every_rule_gives_the_same_bits(case, mode, seed):
 
 @seeded
 @pytest.mark.parametrize("mode", [*MODES, *AVERAGED], ids=name_of)
-@pytest.mark.parametrize("case", [Case("SGD"), AMSGRAD], ids=name_of)
+@pytest.mark.parametrize("case", [Case("SGD"), AMSGRAD, MATRIX_CASES[0]], ids=name_of)
 def test_every_way_to_store_numbers_gives_the_same_bits(case, mode, seed):
     if mode.asks_for_nothing(case):
         pytest.skip("these options have nothing to act on")

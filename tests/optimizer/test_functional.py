@@ -6,7 +6,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import fusedopt
 from tests.cases import CASES
-from tests.twins import BACKENDS, bits, make_params, params_of, random, set_grads
+from tests.twins import BACKENDS, KERNELS, bits, make_params, params_of, random, set_grads
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # when torch's module is imported
 
@@ -31,11 +31,16 @@ def make_both(name, dtype, backend, **options):
     return counterpart(optimizer_class)(params, **options), optimizer_class(make_params(dtype), **options), params
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", CLASSES)
-def test_buckets(name, backend):
+# An average is the same for every rule, so that the kernels have it with two.
+BUCKETS = [(backend, name, {"state_dtype": torch.float32}) for backend in BACKENDS for name in CLASSES]
+BUCKETS += [("eager", name, AVERAGED) for name in CLASSES]
+BUCKETS += [(KERNELS, name, AVERAGED) for name in ("Adagrad", "AdamW")]
+
+
+@pytest.mark.parametrize(("backend", "name", "options"), BUCKETS, ids=str)
+def test_buckets(name, backend, options):
     """Two buckets of three parameters, the last first."""
-    mine, ordinary, params = make_both(name, torch.bfloat16, backend, **AVERAGED)
+    mine, ordinary, params = make_both(name, torch.bfloat16, backend, **options)
     for step in range(3):
         set_grads(params_of(ordinary), step)
         grads = [param.grad for param in params_of(ordinary)]

@@ -24,8 +24,9 @@ from fusedopt.storage.quantized_tensor import Quantized
 from fusedopt.storage.states import ADDED
 from tests import rounding_oracle
 from tests.bounded import exact
-from tests.cases import CASES, MODES
+from tests.cases import CASES, MATRIX_CASES, MODES
 from tests.conftest import DEVICE
+from tests.matrices.exact import exact_products  # noqa: F401
 from tests.optimizer.fuzz_actions import ACTIONS, Actions, choose, lay
 from tests.twins import ENGINES, bits
 
@@ -47,10 +48,12 @@ class Twins(Actions):
     after every operation.
     """
 
+    shapes, dtypes = SHAPES, DTYPES
+
     def __init__(self, case, backend, draw, mode=None):
         self.case = case
         self.random = torch.Generator().manual_seed(0)
-        self.dtypes = DTYPES if mode is None else [mode.dtype]
+        self.dtypes = self.dtypes if mode is None else [mode.dtype]
         pairs = [self.new_pair(draw) for _ in range(draw(st.integers(1, 4)))]
         cut = draw(st.integers(0, len(pairs) - 1))
         groups = [pairs[:cut], pairs[cut:]] if cut else [pairs]
@@ -60,7 +63,7 @@ class Twins(Actions):
 
     def new_pair(self, draw):
         dtype = draw(st.sampled_from(self.dtypes))
-        p = nn.Parameter(torch.empty(draw(st.sampled_from(SHAPES)), dtype=dtype, device=DEVICE))
+        p = nn.Parameter(torch.empty(draw(st.sampled_from(self.shapes)), dtype=dtype, device=DEVICE))
         p.data = self.values(p)
         p.grad = self.values(p) if draw(st.sampled_from([True, True, True, False])) else None
         return p, nn.Parameter(p.detach().to(torch.promote_types(dtype, torch.float32), copy=True))
@@ -278,6 +281,12 @@ class Twins(Actions):
                     value.copy_(self.ours.state[p][name].copy_(value))
 
 
+class MatrixTwins(Twins):
+    """The same for Muon, with products in fp64 on both sides."""
+
+    shapes, dtypes = [(3, 3), (3, 3), (4, 3), (8, 16), (1, 5), (0, 2)], [torch.float64]
+
+
 def assert_near(mine, true, before, tolerance, what):
     values = true if before is None else torch.stack([true, before])
     scale = values.abs().max().item() if values.numel() else 0.0
@@ -287,10 +296,10 @@ def assert_near(mine, true, before, tolerance, what):
         torch.testing.assert_close(mine, true, **near, msg=lambda message: f"{what}: {message}")
 
 
-def fuzz(case, backend, draw, mode=None):
+def fuzz(case, backend, draw, mode=None, kind=Twins):
     # In debug mode no plan is used twice, so half of the examples go without.
     with patch.object(fusedopt.plan, "DEBUG", draw(st.booleans(), label="debug")):
-        twins = Twins(case, backend, draw, mode)
+        twins = kind(case, backend, draw, mode)
         for _ in range(draw(st.integers(1, 6), label="rounds")):
             for _ in range(draw(st.integers(1, 3), label="actions")):
                 getattr(twins, draw(st.sampled_from(ACTIONS)))(draw)
@@ -321,6 +330,14 @@ engines = st.sampled_from(ENGINES)
 @given(data=st.data())
 def test_equals_torch(case, data):
     fuzz(case, data.draw(engines), data.draw)
+
+
+@pytest.mark.usefixtures("exact_products")
+@pytest.mark.parametrize("case", [case for case in MATRIX_CASES if case.in_torch], ids=lambda case: case.id)
+@budget(500)
+@given(data=st.data())
+def test_matrices_equal_torch(case, data):
+    fuzz(case, data.draw(engines), data.draw, kind=MatrixTwins)
 
 
 every_mode = pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.id)

@@ -12,7 +12,7 @@ from fusedopt.options import KEYS
 from tests.cases import BF16, FP32
 from tests.conftest import DEVICE
 from tests.storage.test_precision import DISTINCT
-from tests.twins import BACKENDS, IN_TORCH, assert_same, bits
+from tests.twins import BACKENDS, IN_TORCH, KERNELS, assert_same, bits
 
 pytestmark = pytest.mark.parametrize("backend", BACKENDS)
 CUTS = {
@@ -86,6 +86,8 @@ SURROUNDED = [(case, *EVERYTHING[i % len(EVERYTHING)]) for i, case in enumerate(
 
 @pytest.mark.parametrize(("case", "dtype", "options"), SURROUNDED, ids=str)
 def test_all_states_but_those_of_torch_have_the_shape_of_their_parameter(case, dtype, options, backend):
+    if backend == KERNELS and (case, dtype, options) not in SURROUNDED[-len(EVERYTHING) :]:
+        options = {}  # these are compiled with the last rules only
     optimizer = case.make(make_params(dtype), backend=backend, **options)
     for step in range(3):
         train(optimizer, step)

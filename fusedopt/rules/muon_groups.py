@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .protocol import Group
+from ..protocol import Group
 
 _TABLES = (nn.Embedding, nn.EmbeddingBag)
 _CONVOLUTIONS = (nn.modules.conv._ConvNd,)
@@ -20,10 +20,11 @@ def muon_groups(model: nn.Module, *, adamw: Iterable[str | nn.Module | Tensor] =
     """Sort the parameters of a model into two param groups of `Muon`: its matrices, and what AdamW's rule is to step.
 
     AdamW gets embeddings, the output layer, biases and everything else of fewer than two dimensions, the parameters of
-    normalizations, and those of convolutions, whose last two dimensions are no matrix. Muon gets all others: the weights
-    of hidden linear layers and attention, and batches of such, as of experts. An output layer is known by its weight, if
-    it is an embedding's too; by its shape, if it is the last ``torch.nn.Linear`` and shaped as an embedding; and by its
-    name, such as ``lm_head`` or ``classifier``. Name in `adamw` what this does not find; print the groups to see what it did::
+    normalizations, and those of convolutions, whose last two dimensions are no matrix. Muon gets all others: the
+    weights of hidden linear layers and attention, and batches of such, as of experts. An output layer is known by its
+    weight, if it is an embedding's too; by its shape, if it is the last ``torch.nn.Linear`` and shaped as an embedding;
+    and by its name, such as ``lm_head`` or ``classifier``. Name in `adamw` what this does not find, and print the
+    groups to see what it did::
 
         groups = fusedopt.muon_groups(model, lr=3e-4, betas=(0.9, 0.95), weight_decay=0.01)
         optimizer = fusedopt.Muon(groups, lr=0.02)
@@ -52,9 +53,10 @@ def muon_groups(model: nn.Module, *, adamw: Iterable[str | nn.Module | Tensor] =
     for_adamw |= set(map(id, tables))
     shapes = {tuple(param.shape) for param in tables}
     # Only the last one: a hidden layer may have the shape of a table of positions by chance.
-    last = next((module for module in reversed(list(model.modules())) if isinstance(module, nn.Linear)), None)
+    last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1:]
+    heads = [linear for linear in last if tuple(linear.weight.shape) in shapes]
     for name, module in model.named_modules():
-        is_head = name.rpartition(".")[2] in _HEADS or (module is last and tuple(module.weight.shape) in shapes)
+        is_head = name.rpartition(".")[2] in _HEADS or module in heads
         if isinstance(module, _CONVOLUTIONS) or is_head or _is_norm(module):
             for_adamw |= set(map(id, module.parameters()))
     groups: list[Group] = [{"params": [], "use_muon": True}, {"params": [], "use_muon": False, **options}]

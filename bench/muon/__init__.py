@@ -1,0 +1,1 @@
+"""Muon's step beside torch.optim.Muon's: `python -m bench.muon`."""
