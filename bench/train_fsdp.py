@@ -1,9 +1,13 @@
 """A small transformer learns text on several ranks, sharded by FSDP2, once with fusedopt and once with torch.optim.
 
     torchrun --nproc-per-node 2 bench/train_fsdp.py
+    torchrun --nproc-per-node 2 bench/train_fsdp.py --optimizer muon
 
 Runs on GPUs with NCCL if every rank has one, else on CPUs with gloo. Both sides begin with the same weights, get the
 same batches and clip gradients by the norm of the whole model, so that the two curves coincide but for rounding.
+
+With Muon the hidden matrices step by Muon and all else by AdamW. torch.optim.Muon takes no DTensors: its side trains
+the whole model on every rank, with DistributedDataParallel, and two optimizers.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # torchrun starts a file, not a module
@@ -35,6 +40,8 @@ from bench.transformer import Transformer, as_tensor, batches, find_text, loss_o
 BATCH_SIZE = 16  # of each rank
 WIDTH, HEADS, LAYERS = 96, 4, 2
 ADAMW = {"lr": 2e-3, "betas": (0.9, 0.95), "weight_decay": 0.1}
+MUON = {"lr": 0.02, "weight_decay": 0.1}
+OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon and AdamW"}
 MAX_GRAD_NORM = 0.5
 REPORTED = 10  # how often the table and the figure show the loss, in parts of the run
 
@@ -67,18 +74,34 @@ def mean_over_ranks(losses: Iterable[Tensor]) -> list[float]:
     return (stacked / dist.get_world_size()).tolist()
 
 
-def train(library: str, text: Tensor, mesh: DeviceMesh, options: argparse.Namespace) -> Run:
-    """Train a new model with AdamW of this library."""
-    torch.manual_seed(options.seed)
-    model = Transformer(WIDTH, HEADS, LAYERS).to(text.device)
+def sharded(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def prepare(
+    library: str, model: nn.Module, mesh: DeviceMesh, name: str
+) -> tuple[nn.Module, list[torch.optim.Optimizer]]:
+    """The model as it is trained, and its optimizers."""
+    if name == "muon":
+        if library == "fusedopt":
+            model = sharded(model, mesh)
+            return model, [fusedopt.Muon(fusedopt.muon_groups(model, **ADAMW), max_grad_norm=MAX_GRAD_NORM, **MUON)]
+        matrices, others = (group["params"] for group in fusedopt.muon_groups(model))
+        return DistributedDataParallel(model), [torch.optim.Muon(matrices, **MUON), torch.optim.AdamW(others, **ADAMW)]
+    model = sharded(model, mesh)
     if library == "fusedopt":
-        optimizer: torch.optim.Optimizer = fusedopt.AdamW(model.parameters(), max_grad_norm=MAX_GRAD_NORM, **ADAMW)
-    else:
-        optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
-    run = Run(backend_of(optimizer))
+        return model, [fusedopt.AdamW(model.parameters(), max_grad_norm=MAX_GRAD_NORM, **ADAMW)]
+    return model, [torch.optim.AdamW(model.parameters(), **ADAMW)]
+
+
+def train(library: str, text: Tensor, mesh: DeviceMesh, options: argparse.Namespace) -> Run:
+    """Train a new model with the optimizers of this library."""
+    torch.manual_seed(options.seed)
+    model = Transformer(WIDTH, HEADS, LAYERS).to(text.device)
+    model, optimizers = prepare(library, model, mesh, options.optimizer)
+    run = Run(backend_of(optimizers[0]))
     train_text, test_text = text[: -len(text) // 10], text[-len(text) // 10 :]
     losses = []
     for batch in tqdm(
@@ -95,10 +118,12 @@ def train(library: str, text: Tensor, mesh: DeviceMesh, options: argparse.Namesp
         start = time.perf_counter()
         if library != "fusedopt":
             nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         wait(text.device)
         run.step_times.append(time.perf_counter() - start)
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
     run.losses = mean_over_ranks(losses)
     with torch.no_grad():
         run.test_loss = statistics.mean(
@@ -153,6 +178,7 @@ def start_process_group() -> torch.device:
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(prog="bench/train_fsdp.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
+    add("--optimizer", choices=list(OPTIMIZERS), default="adamw", help="that both sides use (default: %(default)s)")
     add("--steps", type=int, default=300, metavar="N", help="of each training (default: %(default)s)")
     add("--out", type=writable_file, default="train-fsdp.png", metavar="PNG", help="the figure (default: %(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="of weights and batches (default: %(default)s)")
@@ -173,9 +199,13 @@ def main() -> None:
     ours, theirs = (train(library, text, mesh, options) for library in ("fusedopt", "torch.optim"))
     if dist.get_rank() == 0:
         where = f"{dist.get_world_size()} ranks on {device.type}, {dist.get_backend()}, torch {torch.__version__}"
-        print(f"\n{where}; {len(text):,} bytes of text; AdamW, gradients clipped to {MAX_GRAD_NORM}")
+        optimizer = OPTIMIZERS[options.optimizer]
+        print(f"\n{where}; {len(text):,} bytes of text; {optimizer}, gradients clipped to {MAX_GRAD_NORM}")
+        if options.optimizer == "muon":
+            print("torch.optim.Muon takes no DTensors: its model is not sharded, but a DistributedDataParallel.")
         print(table(ours, theirs))
         print("Loss in nats a byte, the mean of the steps since the row above; median time of clipping and step.")
+        print(f"The test losses differ by {abs(ours.test_loss - theirs.test_loss):.4f}.")
         draw(ours, theirs, where, options.out)
         print(f"Loss curves: {options.out}")
     dist.destroy_process_group()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, MutableMapping, Sequence
 from functools import partial
 from itertools import chain, islice
 from operator import add, is_, itemgetter
@@ -54,6 +54,7 @@ class Plan:
         previous: Plan | None,
         grads: Sequence[Tensor | None],
         begun: Begun,
+        buffers: MutableMapping[Hashable, Tensor],
     ) -> None:
         params = all_params(optimizer)
         for index, group in enumerate(optimizer.param_groups):
@@ -131,8 +132,7 @@ class Plan:
             entry.plain = is_plain(entry, param, live.rows[entry.row][len(entry.scalar_names) :])
         self._step: ElementwiseStep | MatrixStep
         if any(optimizer.product(group) is not None for group in optimizer.param_groups):
-            memory = None if previous is None else previous._step.memory
-            self._step = MatrixStep(optimizer, self.entries, params, live, hyper.count, memory)
+            self._step = MatrixStep(optimizer, self.entries, params, live, hyper.count, buffers)
         else:
             self._step = ElementwiseStep(optimizer, self.entries, live, hyper.count)
         self._compiled: set[tuple[bool, bool]] = set()  # the kinds of steps for which all kernels are there

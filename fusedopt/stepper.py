@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from functools import partial
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -50,6 +51,7 @@ class Stepper:
             self.begun[state] = number
         self.rounding_step: Tensor | int = 0  # how many steps have been rounded at random
         self._whole = whole
+        self._buffers: WeakValueDictionary[Hashable, Tensor] = WeakValueDictionary()  # for plans: see `Memory`
         self.grad_norm: Tensor | None = None
         self.plan: Plan | None = None
         self._hyper: Hyper | None = None
@@ -149,7 +151,8 @@ class Stepper:
             return plan, live
         grads = _local_grads(optimizer) if grads is None else grads
         with torch.no_grad():
-            fresh = Plan(optimizer, hyper, self.plan, grads, (self._whole or self).begun)
+            whole = self._whole or self
+            fresh = Plan(optimizer, hyper, self.plan, grads, whole.begun, whole._buffers)
         if plan is not None and live is not None and not plan.describes_the_same(fresh):
             raise RuntimeError("FUSEDOPT_DEBUG: something moved since the last step and was not noticed")
         return fresh, fresh.read(optimizer, all_params(optimizer), grads)

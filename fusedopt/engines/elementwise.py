@@ -32,7 +32,6 @@ class ElementwiseStep:
         self._kernels = KernelStep(optimizer, entries, live, n_hyper) if any(in_kernels) else None
 
     exchanges = False  # whether ranks bring each other anything beside what the gate asks
-    memory = None  # of matrices
 
     @property
     def has_kernels(self) -> bool:

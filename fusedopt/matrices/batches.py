@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -41,22 +41,24 @@ class Product:
 
 
 class Memory:
-    """Buffers that outlive a plan: the next one of the same optimizer takes over those that fit.
+    """Buffers that nobody needs between two steps.
 
     Args:
-        previous: those of the plan before.
+        shared: those of all plans of an optimizer and of its parts, which step one after the other: the next plan takes
+            over those that fit, and parts that step in backward have them in common.
     """
 
-    def __init__(self, previous: Memory | None = None) -> None:
-        self._previous = {} if previous is None else previous._held
-        self._held: dict[object, Tensor] = {}
+    def __init__(self, shared: MutableMapping[Hashable, Tensor]) -> None:
+        self._shared = shared
+        self._held: dict[Hashable, Tensor] = {}
 
-    def take(self, name: object, numel: int, dtype: torch.dtype, like: Tensor) -> Tensor:
+    def take(self, name: Hashable, numel: int, dtype: torch.dtype, like: Tensor) -> Tensor:
         """The flat buffer of this name, of zeros where it is new, where `like` is."""
-        buffer = self._previous.get(name)
-        if buffer is None or (buffer.numel(), buffer.dtype, buffer.device) != (numel, dtype, like.device):
+        key = name, numel, dtype, like.device, type(like)
+        buffer = self._shared.get(key)
+        if buffer is None:
             buffer = like.new_zeros(numel, dtype=dtype)
-        self._held[name] = buffer
+        self._shared[key] = self._held[key] = buffer
         return buffer
 
     @property
@@ -155,23 +157,26 @@ class Batches:
     def __init__(self, matrices: Sequence[Matrices], memory: Memory) -> None:
         self._batches: dict[Key, Batch] = {}
         self._copies: list[tuple[int, Tensor, Tensor]] = []  # position; a piece of a slot, and of a batch
+        self._padded: list[tuple[int, Tensor]] = []  # position; all of a piece's place in a batch
         places = [(each, self._reserve_direct(each)) for each in matrices]
         pieces = [(each, self._reserve_pieces(each)) for each, place in places if place is None]
         like = {each.like.device: each.like for each in matrices}
         for key, batch in self._batches.items():
             shape = batch.count, key.rows, key.columns
             batch.x = memory.take(key, math.prod(shape), DTYPE, like[key.device]).view(shape)
-        for each, place in places:
+        for index, (each, place) in enumerate(places):
             if place is None:
-                flat = memory.take(("slot", each.position), math.prod(each.shape), each.dtype, each.like)
+                flat = memory.take(("slot", index), math.prod(each.shape), each.dtype, each.like)
             else:
                 key, first, count = place
                 flat = self._batches[key].x[first : first + count].view(-1)
             each.slot = flat.as_strided(each.shape, each.stride, flat.storage_offset())
         for each, reserved in pieces:
             for piece, (key, first, count) in zip(_pieces(each), reserved, strict=True):
-                self._batches[key].x[first : first + count] = 0  # around the piece, whatever the plan before had there
-                target = self._batches[key].x[first : first + count, : piece.shape[-2], : piece.shape[-1]]
+                block = self._batches[key].x[first : first + count]
+                if block.numel() > piece.numel():
+                    self._padded.append((each.position, block))
+                target = block[:, : piece.shape[-2], : piece.shape[-1]]
                 self._copies.append(
                     (each.position, piece, target.unflatten(0, piece.shape[:-2] or (1,)).view_as(piece))
                 )
@@ -183,6 +188,9 @@ class Batches:
         """Orthogonalize the directions of these parameters, of all at None, where they lie."""
         copies = [(piece, target) for position, piece, target in self._copies if present is None or position in present]
         pieces, targets = [piece for piece, _ in copies], [target for _, target in copies]
+        padded = [block for position, block in self._padded if present is None or position in present]
+        if padded:  # another plan, or what was not finite, may have left something there
+            torch._foreach_zero_(padded)
         if copies:
             torch._foreach_copy_(targets, pieces)
         for key, batch in self._batches.items():

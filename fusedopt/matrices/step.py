@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, MutableMapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from ..step.live import Live
 from ..step.watch import meta
 from ..storage.precision import NOTHING
 from .batches import Batches, Matrices, Memory, Product, direction_dtype
-from .exchange import Exchanges, cut_of
+from .exchange import Exchanges, cut_of, cuts_of
 
 
 class MatrixStep:
@@ -34,7 +34,10 @@ class MatrixStep:
         params: all parameters of the optimizer.
         live: the tensors of the entries.
         n_hyper: how many numbers of a group are the class's.
-        previous: the memory of the plan before.
+        buffers: those of all plans of the optimizer.
+
+    Attributes:
+        exchanges: whether ranks bring each other pieces of matrices.
     """
 
     def __init__(
@@ -44,18 +47,27 @@ class MatrixStep:
         params: Sequence[Tensor],
         live: Live,
         n_hyper: int,
-        previous: Memory | None,
+        buffers: MutableMapping[Hashable, Tensor],
     ) -> None:
         products = list(map(optimizer.product, optimizer.param_groups))
-        self.memory = Memory(previous)
+        self.memory = Memory(buffers)
         matrices = [
             _matrices(position, live.params[position], products[entry.group])
             for position, entry in enumerate(entries)
             if products[entry.group] is not None
         ]
+        # Also of parameters without a gradient on this rank, which others may have.
+        self.exchanges = any(
+            cuts_of(param)
+            for product, group in zip(products, optimizer.param_groups, strict=True)
+            if product is not None
+            for param in group["params"]
+        )
         cuts = [cut_of(params[entries[each.position].index], entries[each.position].name) for each in matrices]
         self._exchanges = Exchanges(
-            [(each, cut) for each, cut in zip(matrices, cuts, strict=True) if cut is not None], self.memory
+            [(each, cut) for each, cut in zip(matrices, cuts, strict=True) if cut is not None],
+            self.memory,
+            entries[0].tensor if entries else 0,
         )
         whole = [each for each, cut in zip(matrices, cuts, strict=True) if cut is None]
         self._batches = Batches([*whole, *self._exchanges.owned], self.memory)
@@ -85,11 +97,6 @@ class MatrixStep:
         return self._first.device
 
     @property
-    def exchanges(self) -> bool:
-        """Whether ranks bring each other their pieces of matrices."""
-        return bool(self._exchanges)
-
-    @property
     def nbytes(self) -> int:
         """The memory that the products take beside parameters, gradients and states."""
         return self.memory.nbytes
@@ -110,9 +117,12 @@ class MatrixStep:
             return
         present = None if live.complete else {at for at in self._positions if live.grads[at] is not None}
         with torch.no_grad():
-            self._exchanges.gather()
-            self._batches.run(present)
-            self._exchanges.scatter()
+            if gate.is_dry:
+                self._batches.run(present)
+            else:
+                self._exchanges.gather()
+                self._batches.run(present)
+                self._exchanges.scatter()
         self._second.run(optimizer, self._after(live), hyper.without_limits(), gate.after())
 
     def describe(self) -> Any:

@@ -46,9 +46,10 @@ class Muon(FusedOptimizer):
     ``use_muon=False`` steps by `AdamW`'s rule, in the same launches: give it the parameters for which Muon is not
     meant, embeddings, the output layer, biases, norms and convolutions. `muon_groups` sorts those of a model.
 
-    DTensors may be replicated, or cut along one dimension of their mesh, as by ``fully_shard``, by tensor parallelism,
-    or by both kinds of ranks in HSDP. Each rank then orthogonalizes some whole matrices, about as much as the others,
-    and all ranks of that dimension must step, with gradients for the same parameters.
+    The matrices of DTensors may be cut along one dimension of their mesh, as by ``fully_shard``, also of HSDP, or by
+    tensor parallelism; others may replicate them, or cut a batch into whole matrices. Each rank then orthogonalizes
+    some whole matrices, about as much as the others, and all ranks of that dimension must step, with gradients for the
+    same parameters.
 
     Jordan et al., `Muon: An optimizer for hidden layers in neural networks
     <https://kellerjordan.github.io/posts/muon/>`_, 2024; Liu et al., `Muon is Scalable for LLM Training
@@ -88,7 +89,8 @@ class Muon(FusedOptimizer):
         Beside the states, 2 bytes an element of all matrices of this rank for their directions, and what the largest
         batch takes again, with two squares of each of its matrices (of at most 2^27 elements at a time). Of matrices
         that are cut between ranks, twice 2 bytes for each element that a rank holds, and 2 for those that it
-        orthogonalizes.
+        orthogonalizes; 2 more for batches, and where other than rows lie together. With `step_in_backward`, parameters
+        of one shape have all this in common.
 
     Raises:
         ValueError: an argument outside its range; a parameter of fewer than two dimensions where `use_muon` is true;

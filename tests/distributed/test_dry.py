@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import fusedopt
 from tests.cases import BF16, FP32
 from tests.step.test_dry import OPTIONS
 from tests.twins import BACKENDS, make
@@ -46,6 +47,23 @@ def test_shards(mode, device, dtype, options, mesh):
     assert [tensor.shape for tensor in held] == [(3, 4), (0, 4)]
     assert {tensor.device.type for tensor in held} == {device}
     assert (optimizer.grad_norm is None) == (not {"max_grad_norm", "skip_nonfinite"} & options.keys())
+
+
+@pytest.mark.parametrize(("dtype", "options"), OPTIONS, ids=str)
+@pytest.mark.parametrize(("mode", "device"), [("real", "cpu"), ("real", "meta"), ("fake", "cpu")])
+def test_shards_of_matrices(mode, device, dtype, options, mesh):
+    """Nobody sends this rank the others' pieces."""
+    with MODES[mode]():
+        shards = [torch.ones(shape, dtype=dtype, device=device) for shape in [(3, 4), (0, 4), (2, 3, 4)]]
+        placements = [[Shard(dim)] for dim in (0, 0, 1)]
+        params = [
+            torch.nn.Parameter(DTensor.from_local(shard, mesh, placement, run_check=False))
+            for shard, placement in zip(shards, placements, strict=True)
+        ]
+        optimizer = step(fusedopt.Muon(params, **options), torch.ones_like)
+    held = [state["momentum_buffer"].to_local() for state in optimizer.state.values()]
+    assert [tensor.shape for tensor in held] == [(3, 4), (0, 4), (2, 3, 4)]
+    assert {tensor.device.type for tensor in held} == {device}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,4 +1,4 @@
-"""bench/train_fsdp.py as a user runs it, on two ranks."""
+"""bench/train_fsdp.py as a user runs it."""
 
 import os
 import subprocess
@@ -16,12 +16,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @on_one_worker
-def test_both_libraries_learn_the_same(tmp_path):
+@pytest.mark.parametrize(("optimizer", "ranks", "differs"), [("adamw", 2, 2e-4), ("muon", 2, 2e-3), ("muon", 1, 2e-3)])
+def test_both_libraries_learn_the_same(tmp_path, optimizer, ranks, differs):
+    """Muon's products are in bf16, which the libraries add up in different orders."""
     out = tmp_path / "curves.png"
     env = {key: value for key, value in os.environ.items() if key not in ("FUSEDOPT_DEBUG", "TRITON_INTERPRET")}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     result = subprocess.run(
-        [*command, "bench/train_fsdp.py", "--steps", "4", "--out", out],
+        [*command, "bench/train_fsdp.py", "--optimizer", optimizer, "--steps", "4", "--out", out],
         cwd=ROOT,
         env=env,
         capture_output=True,
@@ -32,7 +34,7 @@ def test_both_libraries_learn_the_same(tmp_path):
     rows = [line.split() for line in result.stdout.splitlines()]
     losses = {row[0]: [float(loss) for loss in row[1:]] for row in rows if row and row[0] in ("1", "4", "test")}
     for ours, theirs in losses.values():
-        assert ours == pytest.approx(theirs, abs=2e-4)
+        assert ours == pytest.approx(theirs, abs=differs)
     assert losses["4"][0] < losses["1"][0]
     assert "4/4" in result.stderr  # the progress bar
     assert out.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
