@@ -80,9 +80,9 @@ def test_step_scheduler_for_every_class(name, backend):
 
 
 @both_backends
-@pytest.mark.parametrize("name", ["SGD", "RMSprop", "Adam", "AdamW"])
+@pytest.mark.parametrize("name", ["SGD", "RMSprop", "Adam", "AdamW", "Muon"])
 def test_one_cycle_turns_momentum_or_betas(name, backend):
-    options = {"momentum": 0.9} if name == "RMSprop" else {}
+    options = {"momentum": 0.9} if name in ("RMSprop", "Muon") else {}
     pair = both(name, backend, **options)
     for optimizer in pair:
         scheduler = OneCycleLR(optimizer, max_lr=0.1, total_steps=5, cycle_momentum=True)
