@@ -12,7 +12,8 @@ def scalars(hyper, scalar_states):
     zero = tl.zeros_like(lr)
     hyper_of_adam = (lr, beta1, beta2, eps, weight_decay, zero, zero + 1.0, form, max_lr)
     scalars_of_adam, scalar_states = adam.scalars(hyper_of_adam, scalar_states)
-    return (*scalars_of_adam, 1 - momentum, tl.where(nesterov != 0, momentum, 1.0), lr), scalar_states
+    scalars_of_muon = (1 - momentum, tl.where(nesterov != 0, momentum, 1.0), lr)
+    return scalars_of_adam + scalars_of_muon, scalar_states
 
 
 @triton.jit
