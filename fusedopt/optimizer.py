@@ -254,6 +254,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         Called for a new group, and for all groups in a step before which keys, flags, names or ones of `optional` have
         changed. A key that is there must stay as it is. Where a checkpoint lacks one, it follows from the loaded ones.
+        Called with copies of all groups, only to check them, in a step before which parameters or states have moved.
 
         Args:
             group: to be completed in place.
@@ -415,7 +416,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         unshield_all(state.get("state", {}), self)
         super().__setstate__(state)
         self._stepper.forget()
-        self.defaults.update({**argument_defaults(type(self)), **self.defaults})
+        declared = argument_defaults(type(self))
+        if "differentiable" not in declared:
+            self.defaults.pop("differentiable", None)  # which torch puts there, also for a class that has no such flag
+        self.defaults.update({**declared, **self.defaults})
         for group in self.param_groups:
             for key, default in required_keys(self).items():
                 group.setdefault(key, default)

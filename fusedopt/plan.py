@@ -57,6 +57,8 @@ class Plan:
         buffers: MutableMapping[Hashable, Tensor],
     ) -> None:
         params = all_params(optimizer)
+        for index, group in enumerate(optimizer.param_groups):
+            optimizer.settle_group(dict(group), index)  # its parameters may be others than it was checked with
         if hyper.reads_gradients:
             check_whole(params, partial(param_name, optimizer))
         known = previous.grad_metas() if previous is not None else {}

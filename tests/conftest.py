@@ -29,6 +29,7 @@ if not HAS_GPU:
 import pytest
 
 from fusedopt.storage import precision
+from tests.matrices.exact import exact_products  # noqa: F401
 
 # Most tensors here are smaller than those whose states are worth it.
 QUANTIZED_FROM, precision.QUANTIZED_FROM = precision.QUANTIZED_FROM, 0

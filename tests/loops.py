@@ -36,6 +36,20 @@ def mine(backend, **options):
     return lambda params: fusedopt.AdamW(params, lr=0.1, backend=backend, **options)
 
 
+def muon(backend, **options):
+    """Muon for matrices, and its AdamW for the others."""
+
+    def make(params):
+        params = list(params)
+        matrices, others = (
+            [param for param in params if (param.dim() > 1) == is_matrix] for is_matrix in (True, False)
+        )
+        groups = [{"params": matrices}, {"params": others, "use_muon": False}]
+        return fusedopt.Muon(groups, lr=0.1, backend=backend, **options)
+
+    return make
+
+
 def theirs(params):
     return torch.optim.AdamW(params, lr=0.1, foreach=False)
 

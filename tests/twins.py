@@ -10,7 +10,7 @@ from torch.nn import Parameter
 
 import fusedopt
 from fusedopt.storage.quantized_tensor import Quantized
-from tests.cases import CASES
+from tests.cases import CASES, MATRIX_CASES
 from tests.conftest import DEVICE, HAS_GPU
 
 # What is true of every engine is tested on two of them; Triton's code, where it is at stake, in its interpreter too.
@@ -19,8 +19,11 @@ BACKENDS = ["eager", KERNELS]
 KERNEL_ENGINES = ["triton"] if HAS_GPU else ["triton", "compiled"]
 ENGINES = ["eager", *KERNEL_ENGINES]
 SHAPES = [(3, 4), (5,), ()]
-IN_TORCH = [case for case in CASES if case.in_torch]
+MATRIX_SHAPES = [(3, 4), (5, 2), (2, 2)]
+IN_TORCH = [case for case in [*CASES, *MATRIX_CASES] if case.in_torch]
 OPTIMIZERS = sorted({case.optimizer for case in IN_TORCH})
+# What steps element by element, whatever the shape. Beside torch's numbers the others ask for `exact_products`.
+ELEMENTWISE = [name for name in OPTIMIZERS if name != "Muon"]
 # Options under which every class has states.
 OPTIONS: dict[str, dict[str, Any]] = {name: {"momentum": 0.9} if name == "SGD" else {} for name in OPTIMIZERS}
 
@@ -30,8 +33,10 @@ def random(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float64
     return (values if dtype.is_complex else values.real.contiguous()).to(DEVICE, dtype)
 
 
-def make_params(dtype: torch.dtype = torch.float64) -> list[Parameter]:
-    return [Parameter(random(shape, seed, dtype)) for seed, shape in enumerate(SHAPES)]
+def make_params(dtype: torch.dtype = torch.float64, of: str = "SGD") -> list[Parameter]:
+    """Three parameters that this class steps."""
+    shapes = MATRIX_SHAPES if of == "Muon" else SHAPES
+    return [Parameter(random(shape, seed, dtype)) for seed, shape in enumerate(shapes)]
 
 
 def make(name: str, params: Any, **options: Any) -> fusedopt.FusedOptimizer:
@@ -39,7 +44,8 @@ def make(name: str, params: Any, **options: Any) -> fusedopt.FusedOptimizer:
 
 
 def make_torch(name: str, params: Any, **options: Any) -> torch.optim.Optimizer:
-    return getattr(torch.optim, name)(params, **{**OPTIONS[name], "foreach": False, **options})
+    loop = {"foreach": False} if name in ELEMENTWISE else {}
+    return getattr(torch.optim, name)(params, **{**OPTIONS[name], **loop, **options})
 
 
 def in_group(**options: Any) -> dict[str, Any]:

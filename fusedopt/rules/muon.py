@@ -163,8 +163,9 @@ class Muon(FusedOptimizer):
         super().__init__(params, defaults, **common)
 
     def add_param_group(self, param_group: Group) -> None:
-        if isinstance(param_group, dict) and not param_group.get("use_muon", self.defaults["use_muon"]):
-            param_group.setdefault("eps", ADAMW_EPS)  # the default is that of the norms of matrices
+        # An object of torch's class has no such default.
+        if isinstance(param_group, dict) and not param_group.get("use_muon", self.defaults.get("use_muon", True)):
+            param_group = {"eps": ADAMW_EPS, **param_group}  # the default is that of the norms of matrices
         super().add_param_group(param_group)
 
     @staticmethod
@@ -177,6 +178,7 @@ class Muon(FusedOptimizer):
         named = [
             (f"parameter {position} of group {index}" + f" ({name!r})" * bool(name), tuple(param.shape))
             for position, (name, param) in enumerate(zip(names, group["params"], strict=False))
+            if isinstance(param, Tensor)  # the step refuses what is none
         ]
         _check_dims(named)
         for name, shape in named:
@@ -237,8 +239,8 @@ def _product(group: Group, of_group: str) -> Product | None:
         raise ValueError(f"Number of steps must be less than {MOST_STEPS + 1} for computational efficiency")
     if adjust_lr_fn not in ADJUST_LR_FNS:
         raise ValueError(f"Adjust learning rate function {adjust_lr_fn} is not supported")
-    if lies_on_device(eps):
-        raise TypeError(f"eps{of_group} must be a number, or a tensor on the CPU: the products do not read it anew")
+    if lies_on_device(eps) or not (eps.numel() == 1 if isinstance(eps, Tensor) else is_number(eps)):
+        raise TypeError(f"eps{of_group} must be one number, in a tensor only on the CPU, but it is {eps!r}")
     if not float(eps) >= 0:
         raise ValueError(f"eps{of_group} should be >= 0 but is: {eps}")
     split, split_dim = group.get("split"), group.get("split_dim", -2)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from tests.cases import BF16, FP32
 from tests.distributed.test_sharded import make_models, set_same_grads, whole_of
 from tests.ranks import on_one_worker, on_ranks, run_on_ranks
-from tests.twins import BACKENDS, KERNELS, OPTIMIZERS, bits, make
+from tests.twins import BACKENDS, ELEMENTWISE, KERNELS, bits, make
 
 pytest.importorskip("torch.distributed.fsdp")
 import torch.distributed.checkpoint as dcp
@@ -92,7 +92,7 @@ def test_a_resharded_run_goes_on_with_the_same_bits(backend, tmp_path):
 @pytest.mark.parametrize("backend", BACKENDS)
 @on_ranks(2)
 def test_creating_states_for_a_checkpoint_changes_no_bit(backend):
-    for name in OPTIMIZERS if backend == "eager" else ["AdamW", "SGD", "Rprop"]:
+    for name in ELEMENTWISE if backend == "eager" else ["AdamW", "SGD", "Rprop"]:
         sharded, _ = make_models(BF16)
         before = [bits(param.to_local()) for param in sharded.inner.parameters()]
         optimizer = make(name, sharded.parameters(), backend=backend, ema_decay=0.9)

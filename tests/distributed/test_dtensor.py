@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from tests.cases import BF16, FP32, MODES
-from tests.twins import BACKENDS, OPTIMIZERS, make
+from tests.twins import BACKENDS, ELEMENTWISE, make
 
 pytest.importorskip("torch.distributed.fsdp")
 from torch.distributed.tensor import DTensor
@@ -40,7 +40,7 @@ def step_both(models, optimizers, dtype):
         optimizer.zero_grad()
 
 
-MADE = [(name, dtype, {}) for name in OPTIMIZERS for dtype in (FP32, BF16)]
+MADE = [(name, dtype, {}) for name in ELEMENTWISE for dtype in (FP32, BF16)]
 MADE += [("AdamW", mode.dtype, {"amsgrad": True, **mode.options}) for mode in MODES]
 
 

@@ -11,11 +11,11 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from tests.conftest import DEVICE
-from tests.twins import BACKENDS, OPTIMIZERS, bits, make, make_torch
+from tests.twins import BACKENDS, ELEMENTWISE, bits, make, make_torch
 
 pytestmark = [
     pytest.mark.parametrize("backend", BACKENDS),
-    pytest.mark.parametrize("name", OPTIMIZERS),
+    pytest.mark.parametrize("name", ELEMENTWISE),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
 SGD_OPTIONS = {"momentum": 0.9, "dampening": 0.5}

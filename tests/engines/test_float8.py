@@ -10,14 +10,14 @@ from tests.twins import make, set_grads
 
 FLOAT8 = [torch.float8_e4m3fn, torch.float8_e5m2]
 every_dtype = pytest.mark.parametrize("dtype", FLOAT8, ids=str)
-every_optimizer = pytest.mark.parametrize("name", ["SGD", "Adam", "Adagrad"])
+every_optimizer = pytest.mark.parametrize("name", ["SGD", "Adam", "Adagrad", "Muon"])
 
 
 def make_two(name, backend, grad_dtype=None, **options):
-    params = [Parameter(torch.linspace(-1, 1, 6, device=DEVICE)) for _ in range(2)]
+    params = [Parameter(torch.linspace(-1, 1, 6, device=DEVICE).view(2, 3)) for _ in range(2)]
     params[1].grad_dtype = grad_dtype
     optimizer = make(name, params, lr=0.1, backend=backend, **options)
-    params[0].grad, params[1].grad = (torch.full((6,), 0.5, device=DEVICE, dtype=d) for d in (None, grad_dtype))
+    params[0].grad, params[1].grad = (torch.full((2, 3), 0.5, device=DEVICE, dtype=d) for d in (None, grad_dtype))
     return optimizer, params
 
 

@@ -78,6 +78,7 @@ def start(dtype=FP32):
     return torch.randn(3, 4, generator=torch.Generator().manual_seed(9)).to(dtype)
 
 
+@pytest.mark.usefixtures("exact_products")
 @pytest.mark.parametrize("case", IN_TORCH, ids=lambda case: case.id)
 def test_a_step_is_torchs(case):
     mine, theirs = Parameter(Held.of(start())), Parameter(start())

@@ -10,7 +10,7 @@ import torch
 from fusedopt.engines import tables
 from tests.twins import BACKENDS, bits, make, make_params, params_of, train
 
-NAMES = ["SGD", "Adam", "Adagrad", "RMSprop"]
+NAMES = ["SGD", "Adam", "Adagrad", "RMSprop", "Muon"]
 STEPS = 5
 
 
@@ -25,7 +25,7 @@ def switching():
 
 def trained(name, backend, begin=lambda: None):
     options = {"max_grad_norm": 0.5, "skip_nonfinite": True}
-    optimizer = make(name, make_params(torch.float32), lr=0.1, backend=backend, **options)
+    optimizer = make(name, make_params(torch.float32, name), lr=0.1, backend=backend, **options)
     begin()
     train(optimizer, range(STEPS))
     return list(map(bits, params_of(optimizer)))

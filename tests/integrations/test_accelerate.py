@@ -18,6 +18,7 @@ from tests.loops import (
     make_net,
     make_scaler,
     mine,
+    muon,
 )
 from tests.twins import BACKENDS, params_of
 
@@ -87,13 +88,13 @@ def step(optimizer):
     optimizer.step()
 
 
-@both_backends
-def test_resumed_run(make_accelerator, backend, tmp_path):
-    unbroken = train(make_accelerator(), mine(backend, **OPTIONS))
+@pytest.mark.parametrize(("made", "backend"), [*((mine, backend) for backend in BACKENDS), (muon, "eager")])
+def test_resumed_run(make_accelerator, made, backend, tmp_path):
+    unbroken = train(make_accelerator(), made(backend, **OPTIONS))
     accelerator = make_accelerator()
-    train(accelerator, mine(backend, **OPTIONS), batches=range(4))
+    train(accelerator, made(backend, **OPTIONS), batches=range(4))
     accelerator.save_state(tmp_path)
-    resumed = train(make_accelerator(), mine(backend, **OPTIONS), tmp_path, batches=range(4, BATCHES))
+    resumed = train(make_accelerator(), made(backend, **OPTIONS), tmp_path, batches=range(4, BATCHES))
     assert_nothing_lost(resumed, unbroken)
 
 

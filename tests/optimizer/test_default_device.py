@@ -21,7 +21,7 @@ def no_values():
 
 def trained(name, backend, options, gradients, begin=lambda: None):
     """What is left of an optimizer after some of everything, with the default device that `begin` sets."""
-    params = make_params(BF16)
+    params = make_params(BF16, of=name)
     begin()
     optimizer = make(name, params, backend=backend, **options)
     fusedopt.warmup(optimizer)
@@ -52,7 +52,7 @@ RUNS += [(KERNELS, name, AROUND) for name in ("Adagrad", "AdamW")]
 
 @pytest.mark.parametrize(("backend", "name", "options"), RUNS, ids=str)
 def test_nothing_is_made_on_the_default_device(name, backend, options, no_values):
-    params = make_params(BF16)
+    params = make_params(BF16, of=name)
     gradients = []
     for step in range(3):
         set_grads(params, step)

@@ -23,6 +23,7 @@ OPTIONS = {
     "RMSprop": {"lr": 0.02, "momentum": 0.5},
     "Adadelta": {"lr": 20.0},
     "Lion": {"lr": 0.03},
+    "Muon": {"lr": 0.3},
     "ASGD": {"lr": 0.3},
     "Rprop": {},
     "AdaBelief": {},

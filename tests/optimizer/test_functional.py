@@ -5,12 +5,12 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import fusedopt
-from tests.cases import CASES
+from tests.cases import CASES, MATRIX_CASES
 from tests.twins import BACKENDS, KERNELS, bits, make_params, params_of, random, set_grads
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # when torch's module is imported
 
-CLASSES = sorted({case.optimizer for case in CASES})
+CLASSES = sorted({case.optimizer for case in [*CASES, *MATRIX_CASES]})
 OPTIONS = {"SGD": {"momentum": 0.9}}
 AVERAGED = {"ema_decay": 0.9, "state_dtype": torch.float32}
 
@@ -27,8 +27,12 @@ def bits_of_states(params, state):
 def make_both(name, dtype, backend, **options):
     optimizer_class = getattr(fusedopt, name)
     options = {**OPTIONS.get(name, {}), **options, "backend": backend}
-    params = make_params(dtype)
-    return counterpart(optimizer_class)(params, **options), optimizer_class(make_params(dtype), **options), params
+    params = make_params(dtype, of=name)
+    return (
+        counterpart(optimizer_class)(params, **options),
+        optimizer_class(make_params(dtype, of=name), **options),
+        params,
+    )
 
 
 # An average is the same for every rule, so that the kernels have it with two.
@@ -57,7 +61,7 @@ def test_buckets(name, backend, options):
 def test_one_by_one(name, backend):
     """Parameters that nobody has told before, as DDP does it, and those that somebody has."""
     known, ordinary, params = make_both(name, torch.float32, backend)
-    others = make_params(torch.float32)
+    others = make_params(torch.float32, of=name)
     options = {**OPTIONS.get(name, {}), "backend": backend}
     new = torch.distributed.optim.as_functional_optim(type(ordinary), ordinary.defaults["lr"], **options)
     mine = random((3, 4), 7, torch.float32)

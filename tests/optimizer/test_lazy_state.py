@@ -19,6 +19,7 @@ from tests.twins import (
     train,
 )
 
+pytestmark = pytest.mark.usefixtures("exact_products")
 both_backends = pytest.mark.parametrize("backend", BACKENDS)
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 
@@ -64,7 +65,7 @@ class LoadingUserDict(Loading, UserDict):
 @pytest.mark.parametrize("kind", [LoadingDefaultDict, LoadingUserDict])
 @pytest.mark.parametrize("begun", [0, 2])
 def test_states_that_are_put_away_between_steps(kind, name, backend, begun):
-    optimizers = make(name, make_params(), backend=backend), make_torch(name, make_params())
+    optimizers = make(name, make_params(of=name), backend=backend), make_torch(name, make_params(of=name))
     for optimizer in optimizers:
         train(optimizer, range(begun))
         optimizer.state = kind(dict(optimizer.state))
@@ -122,11 +123,11 @@ class Lazy(Mapping):
 @pytest.mark.parametrize("inner", [dict, Lazy])
 def test_a_checkpoint_that_loads_itself(name, backend, inner):
     """torch takes a mapping for all states; for the state of one parameter it makes one of its keys, and fails."""
-    saved = make_torch(name, make_params())
+    saved = make_torch(name, make_params(of=name))
     train(saved, range(2))
     checkpoint = saved.state_dict()
     lazy = {key: lambda state=state: inner(state) for key, state in checkpoint["state"].items()}
-    optimizers = make(name, make_params(), backend=backend), make_torch(name, make_params())
+    optimizers = make(name, make_params(of=name), backend=backend), make_torch(name, make_params(of=name))
     for optimizer in optimizers:
         plain = optimizer is optimizers[1] and inner is Lazy
         optimizer.load_state_dict({**checkpoint, "state": checkpoint["state"] if plain else Lazy(lazy)})

@@ -10,6 +10,7 @@ import fusedopt
 from fusedopt.options import DEFAULTS
 from tests.twins import BACKENDS, OPTIMIZERS, bits, in_group, make, make_params, make_torch, params_of, train
 
+pytestmark = pytest.mark.usefixtures("exact_products")
 both_backends = pytest.mark.parametrize("backend", BACKENDS)
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 
@@ -23,8 +24,8 @@ OWN = [
 ]
 
 
-def in_two_groups(own):
-    one, *others = make_params()
+def in_two_groups(own, of="AdamW"):
+    one, *others = make_params(of=of)
     return [{"params": [one], **own}, {"params": others, **dict.fromkeys(own)}]
 
 
@@ -32,8 +33,8 @@ def in_two_groups(own):
 @every_optimizer
 @pytest.mark.parametrize("own", OWN, ids=str)
 def test_keys_of_the_user_are_the_users(name, own, backend):
-    plain = make(name, in_two_groups({}), backend=backend)
-    mine = make(name, in_two_groups(own), backend=backend)
+    plain = make(name, in_two_groups({}, name), backend=backend)
+    mine = make(name, in_two_groups(own, name), backend=backend)
     for optimizer in (plain, mine):
         train(optimizer, range(2))
     mine.param_groups[1].update(own)
@@ -41,11 +42,11 @@ def test_keys_of_the_user_are_the_users(name, own, backend):
         train(optimizer, range(2, 3))
     assert list(map(bits, params_of(mine))) == list(map(bits, params_of(plain)))
     assert all(own.items() <= group.items() for group in mine.param_groups)
-    theirs = make_torch(name, in_two_groups({}))
+    theirs = make_torch(name, in_two_groups({}, name))
     theirs.load_state_dict(mine.state_dict())
-    mine = make(name, in_two_groups({}), backend=backend)
+    mine = make(name, in_two_groups({}, name), backend=backend)
     mine.load_state_dict(theirs.state_dict())
-    mine.add_param_group({"params": make_params(), **own})
+    mine.add_param_group({"params": make_params(of=name), **own})
     assert all(own.items() <= group.items() for group in mine.param_groups)
     train(mine, range(3, 4))
 
@@ -83,13 +84,13 @@ def test_one_group_has_its_own_options(backend):
 def test_another_one_is_made_of_the_defaults(name):
     """So libraries copy an optimizer. torch's AdamW cannot be made so, hence nor can ours."""
     options = {"backend": "eager", "ema_decay": 0.9, "max_grad_norm": 0.5, "skip_nonfinite": True}
-    optimizer = make(name, make_params(), **options)
+    optimizer = make(name, make_params(of=name), **options)
     defaults = dict(optimizer.defaults)
     if name == "AdamW":
         with pytest.raises(TypeError, match="decoupled_weight_decay"):
-            torch.optim.AdamW(make_params(), **torch.optim.AdamW(make_params()).defaults)
+            torch.optim.AdamW(make_params(of=name), **torch.optim.AdamW(make_params(of=name)).defaults)
         del defaults["decoupled_weight_decay"]
-    twin = type(optimizer)(make_params(), **defaults)
+    twin = type(optimizer)(make_params(of=name), **defaults)
     assert twin.backend == "eager"
     assert twin.defaults == optimizer.defaults
     train(optimizer, range(2))

@@ -7,6 +7,7 @@ import torch
 
 from tests.twins import BACKENDS, OPTIMIZERS, assert_same, make, make_params, make_torch, params_of, set_grads, train
 
+pytestmark = pytest.mark.usefixtures("exact_products")
 both_backends = pytest.mark.parametrize("backend", BACKENDS)
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 
@@ -59,7 +60,7 @@ HOW = [with_groups_only, with_nothing, with_new_states, unpickled, unpickled_wit
 @pytest.mark.parametrize("how", HOW, ids=lambda how: how.__name__)
 def test_takes_what_torch_takes(name, backend, how):
     optimizers = []
-    for optimizer in (make(name, make_params(), backend=backend), make_torch(name, make_params())):
+    for optimizer in (make(name, make_params(of=name), backend=backend), make_torch(name, make_params(of=name))):
         train(optimizer, range(2))
         optimizers.append(how(optimizer))
         if backend != "eager" and not optimizers[1:]:
@@ -68,16 +69,16 @@ def test_takes_what_torch_takes(name, backend, how):
     assert_same(*optimizers, check_dtype=False)
     mine, theirs = (set(optimizer.param_groups[0]) for optimizer in optimizers)
     assert mine == theirs
-    assert mine >= NEWER & set(make(name, make_params()).defaults)
+    assert mine >= NEWER & set(make(name, make_params(of=name)).defaults)
 
 
 @both_backends
 @every_optimizer
 def test_new_groups_of_an_unpickled_optimizer(name, backend):
     """They take the defaults, which are those of the class where the pickle had none."""
-    optimizer = make(name, make_params(), backend=backend)
+    optimizer = make(name, make_params(of=name), backend=backend)
     unpickled_one = unpickled(optimizer)
-    more = [make_params()[0] for _ in range(2)]
+    more = [make_params(of=name)[0] for _ in range(2)]
     for each, param in zip((optimizer, unpickled_one), more, strict=True):
         each.add_param_group({"params": [param]})
     first, second = (options_of(each.param_groups[1]) for each in (optimizer, unpickled_one))

@@ -9,7 +9,7 @@ import torch
 
 import fusedopt
 from fusedopt.options import KEYS
-from tests.cases import BF16, FP32
+from tests.cases import BF16, FP32, MATRIX_CASES
 from tests.conftest import DEVICE
 from tests.storage.test_precision import DISTINCT
 from tests.twins import BACKENDS, IN_TORCH, KERNELS, assert_same, bits
@@ -22,9 +22,10 @@ CUTS = {
 }
 
 
-def make_params(dtype=FP32):
+def make_params(dtype=FP32, of="SGD"):
     torch.manual_seed(0)
-    return [torch.nn.Parameter(torch.randn(shape, dtype=dtype, device=DEVICE)) for shape in ((6, 3), (4,))]
+    shapes = (6, 3), ((4, 2) if of == "Muon" else (4,))
+    return [torch.nn.Parameter(torch.randn(shape, dtype=dtype, device=DEVICE)) for shape in shapes]
 
 
 def train(optimizer, seed):
@@ -47,10 +48,11 @@ def operate(optimizer, cut):
             group["params"][place] = new
 
 
+@pytest.mark.usefixtures("exact_products")
 @pytest.mark.parametrize("how", CUTS)
 @pytest.mark.parametrize("case", IN_TORCH, ids=lambda case: case.id)
 def test_as_with_torch(case, how, backend):
-    pair = case.make(make_params(), backend=backend), case.make_torch(make_params())
+    pair = case.make(make_params(of=case.optimizer), backend=backend), case.make_torch(make_params(of=case.optimizer))
     for optimizer in pair:
         for step in range(4):
             train(optimizer, step)
@@ -81,14 +83,17 @@ EVERYTHING = [
 
 
 # A state of a rule is made in the same way whatever else there is, and what is kept beside it whatever the rule.
-SURROUNDED = [(case, *EVERYTHING[i % len(EVERYTHING)]) for i, case in enumerate(DISTINCT)]
+SURROUNDED = [
+    (MATRIX_CASES[0], *EVERYTHING[0]),
+    *((case, *EVERYTHING[i % len(EVERYTHING)]) for i, case in enumerate(DISTINCT)),
+]
 
 
 @pytest.mark.parametrize(("case", "dtype", "options"), SURROUNDED, ids=str)
 def test_all_states_but_those_of_torch_have_the_shape_of_their_parameter(case, dtype, options, backend):
     if backend == KERNELS and (case, dtype, options) not in SURROUNDED[-len(EVERYTHING) :]:
         options = {}  # these are compiled with the last rules only
-    optimizer = case.make(make_params(dtype), backend=backend, **options)
+    optimizer = case.make(make_params(dtype, case.optimizer), backend=backend, **options)
     for step in range(3):
         train(optimizer, step)
         for param, state in optimizer.state.items():

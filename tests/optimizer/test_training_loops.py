@@ -20,17 +20,20 @@ from torch.optim.swa_utils import SWALR, AveragedModel
 from torch.utils._pytree import tree_map
 
 import fusedopt
-from tests.cases import CASES
+from tests.cases import CASES, MATRIX_CASES
 from tests.conftest import DEVICE
 from tests.twins import BACKENDS, OPTIMIZERS, assert_same, make, make_params, make_torch, params_of, train
 
+pytestmark = pytest.mark.usefixtures("exact_products")
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 both_backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def both(name, backend, **options):
     """The optimizer and torch's, each with its own copy of the same parameters."""
-    return make(name, make_params(), backend=backend, **options), make_torch(name, make_params(), **options)
+    return make(name, make_params(of=name), backend=backend, **options), make_torch(
+        name, make_params(of=name), **options
+    )
 
 
 SCHEDULERS = {
@@ -157,30 +160,32 @@ def test_tensor_betas_changed_in_place(name, backend):
     assert_same(mine, theirs)
 
 
-WITH_NUMBERS = [case for case in CASES if case.options.get("weight_decay") or case.optimizer == "Rprop"]
+WITH_NUMBERS = [*CASES, *MATRIX_CASES]
+WITH_NUMBERS = [case for case in WITH_NUMBERS if case.options.get("weight_decay") or case.optimizer == "Rprop"]
 
 
 @pytest.mark.parametrize("case", WITH_NUMBERS, ids=lambda case: case.id)
 @both_backends
 def test_every_number_may_be_a_tensor(case, backend, monkeypatch):
     """Also one that is read where it lies."""
-    defaults = case.make(make_params()).param_groups[0]
+    defaults = case.make(make_params(of=case.optimizer)).param_groups[0]
     numbers = {key: defaults[key] for key in case.optimizer_class.hyperparameters if key in defaults}
     numbers = {key: value for key, value in numbers.items() if not isinstance(value, (bool, str))}
     tensors = tree_map(lambda number: torch.tensor(float(number), dtype=torch.float64, device=DEVICE), numbers)
     as_it_is = lambda value, *_: value if isinstance(value, torch.Tensor) else float(value)  # noqa: E731
     monkeypatch.setattr("fusedopt.step.hyper._number", as_it_is)
-    optimizer = case.optimizer_class(make_params(), backend=backend, **{**case.options, **tensors})
-    twin = case.make(make_params(), backend=backend)
+    optimizer = case.optimizer_class(make_params(of=case.optimizer), backend=backend, **{**case.options, **tensors})
+    twin = case.make(make_params(of=case.optimizer), backend=backend)
     assert tensors.keys() >= ({"lr", "etas", "step_sizes"} if case.optimizer == "Rprop" else {"lr", "weight_decay"})
     for each in (optimizer, twin):
         train(each, range(3))
     assert_same(optimizer, twin)
 
 
-def make_model():
+def make_model(name):
     torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Tanh(), torch.nn.Linear(3, 2)).to(DEVICE, torch.float64)
+    first, last = (torch.nn.Linear(*sizes, bias=name != "Muon") for sizes in [(4, 3), (3, 2)])
+    return torch.nn.Sequential(first, torch.nn.Tanh(), last).to(DEVICE, torch.float64)
 
 
 def loss_of(model, step):
@@ -191,7 +196,7 @@ def loss_of(model, step):
 @both_backends
 @every_optimizer
 def test_grad_scaler_and_clipping(name, backend):
-    models = make_model(), make_model()
+    models = make_model(name), make_model(name)
     pair = make(name, models[0].parameters(), backend=backend), make_torch(name, models[1].parameters())
     for model, optimizer in zip(models, pair, strict=True):
         scaler = torch.amp.GradScaler(DEVICE, init_scale=1024.0, growth_interval=2)
@@ -199,7 +204,7 @@ def test_grad_scaler_and_clipping(name, backend):
             optimizer.zero_grad()
             scaler.scale(loss_of(model, step)).backward()
             if step == 2:  # an overflow: nothing may move, the step count included
-                model[0].bias.grad[1] = float("inf")
+                model[0].weight.grad[1, 2] = float("inf")
             if step % 2:
                 scaler.unscale_(optimizer)
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
@@ -214,7 +219,7 @@ def test_grad_scaler_and_clipping(name, backend):
 @both_backends
 @every_optimizer
 def test_averaged_weights(name, backend):
-    models = make_model(), make_model()
+    models = make_model(name), make_model(name)
     pair = make(name, models[0].parameters(), backend=backend), make_torch(name, models[1].parameters())
     averages = []
     for model, optimizer in zip(models, pair, strict=True):
@@ -232,7 +237,7 @@ def test_averaged_weights(name, backend):
 @both_backends
 @every_optimizer
 def test_a_step_inside_the_backward_pass(name, backend):
-    models = make_model(), make_model()
+    models = make_model(name), make_model(name)
     for model, factory, extra in zip(models, (make, make_torch), ({"backend": backend}, {}), strict=True):
         optimizers = {param: factory(name, [param], **extra) for param in model.parameters()}
 
@@ -252,7 +257,7 @@ def test_a_step_inside_the_backward_pass(name, backend):
 def test_a_subclass_made_at_run_time(name, backend):
     subclass = type(f"Fused{name}", (getattr(fusedopt, name),), {})
     mine, theirs = both(name, backend)
-    made = subclass(make_params(), backend=backend, **({"momentum": 0.9} if name == "SGD" else {}))
+    made = subclass(make_params(of=name), backend=backend, **({"momentum": 0.9} if name == "SGD" else {}))
     train(mine, range(1))
     mine.__class__ = subclass  # and not a word to __init__
     train(mine, range(1, 3))
@@ -265,11 +270,14 @@ def test_a_subclass_made_at_run_time(name, backend):
 
 @every_optimizer
 def test_an_object_of_torchs_class_becomes_one_of_ours(name):
-    mine, theirs = (make_torch(name, make_params()) for _ in range(2))
+    mine, theirs = (make_torch(name, make_params(of=name)) for _ in range(2))
     train(mine, range(1))
     mine.__class__ = getattr(fusedopt, name)
     train(mine, range(1, 3))
     train(theirs, range(3))
+    for optimizer in (mine, theirs):
+        optimizer.add_param_group({"params": make_params(of=name)})
+        train(optimizer, range(3, 4))
     assert_same(mine, theirs)
 
 
@@ -324,7 +332,7 @@ def test_no_weak_references_are_held(name, backend):
 @every_optimizer
 def test_moved_memory_is_not_kept_alive(name, backend):
     """Offloading counts on it."""
-    mine = make(name, make_params(), backend=backend)
+    mine = make(name, make_params(of=name), backend=backend)
     train(mine, range(2))
     first = params_of(mine)[0]
     old = StorageWeakRef(first.untyped_storage()), StorageWeakRef(first.grad.untyped_storage())

@@ -447,6 +447,23 @@ def test_what_is_no_matrix_is_named():
     with pytest.raises(ValueError, match="parameter 0 of group 1"):
         optimizer.add_param_group({"params": parameters([(3,)])})
     assert len(optimizer.param_groups) == 1
+    refused = {"params": parameters([(3,)]), "use_muon": False, "fusedopt_clip": 1.0}
+    before = set(refused)
+    with pytest.raises(TypeError, match="fusedopt_clip"):
+        optimizer.add_param_group(refused)
+    assert set(refused) == before
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"), [((16,), "orthogonalizes matrices"), ((7, 16), "split=2 does not divide")]
+)
+def test_a_parameter_that_comes_later_is_checked_too(shape, message):
+    params = parameters([(8, 16)])
+    optimizer = fusedopt.Muon(params, split=2)
+    step(optimizer, params, gradients(params, 1))
+    optimizer.param_groups[0]["params"] = parameters([shape])
+    with pytest.raises(ValueError, match=f"{message}.*parameter 0 of group 0"):
+        step(optimizer, optimizer.param_groups[0]["params"], gradients(parameters([shape]), 1))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

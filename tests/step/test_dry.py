@@ -25,7 +25,7 @@ KINDS = {
 
 
 def trained(name, dtype, options, device="cpu", **told):
-    shapes = [(3, 4), (0, 2), ()]
+    shapes = [(3, 4), (0, 2), (2, 3) if name == "Muon" else ()]
     params = [torch.nn.Parameter(torch.ones(shape, dtype=dtype, device=device)) for shape in shapes]
     optimizer = make(name, params, **options)
     for key, value in told.items():
@@ -43,7 +43,7 @@ def lies(tensor):
 
 @pytest.mark.parametrize(("dtype", "options"), OPTIONS, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["SGD", "NAdam", "Rprop"])
+@pytest.mark.parametrize("name", ["SGD", "NAdam", "Rprop", "Muon"])
 def test_a_dry_run_is_like_a_real_one(name, kind, dtype, options):
     mode, device, cls = KINDS[kind]
     real = trained(name, dtype, options)

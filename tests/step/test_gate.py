@@ -10,7 +10,7 @@ from torch.nn.utils import clip_grad_norm_
 
 import fusedopt
 from tests.bounded import Bounded, exact
-from tests.cases import AVERAGED, BF16, CASES, FP16, FP32, MODES, Case, Mode
+from tests.cases import AVERAGED, BF16, CASES, FP16, FP32, MATRIX_CASES, MODES, Case, Mode
 from tests.conftest import DEVICE
 from tests.optimizer.test_state import saved_and_loaded
 from tests.tolerance import assert_close
@@ -232,20 +232,21 @@ def everything(optimizer):
     return list(map(bits, params_of(optimizer))), [{k: bits(v) for k, v in state.items()} for state in states]
 
 
-SKIPPED = [(case, Mode(FP64, {})) for case in CASES]
+SKIPPED = [(case, Mode(FP64, {})) for case in [*CASES, MATRIX_CASES[0]]]
 SKIPPED += [(Case("AdamW", {"lr": 0.01, "amsgrad": True}), mode) for mode in [*MODES, *AVERAGED, Mode(COMPLEX, {})]]
 
 
+@pytest.mark.usefixtures("exact_products")
 @pytest.mark.parametrize(("case", "mode"), SKIPPED, ids=[f"{case.id}-{mode.id}" for case, mode in SKIPPED])
 def test_a_skipped_step_has_not_been(backend, case, mode):
     """Bit for bit, with the step counts and the counts of random roundings and averages, also as the first."""
     options = {**mode.options, "backend": backend, "skip_nonfinite": True}
-    skipping = run(case.make(make_params(mode.dtype)[:2], **options), [[1], 0, [2], 1])
-    plain = run(case.make(make_params(mode.dtype)[:2], **options), [0, 1])
+    skipping = run(case.make(make_params(mode.dtype, case.optimizer)[:2], **options), [[1], 0, [2], 1])
+    plain = run(case.make(make_params(mode.dtype, case.optimizer)[:2], **options), [0, 1])
     assert everything(skipping) == everything(plain)
     assert (skipping.skipped_steps, plain.skipped_steps) == (2, 0)
     if case.in_torch and mode.dtype == FP64:
-        theirs = case.make_torch(make_params()[:2])
+        theirs = case.make_torch(make_params(of=case.optimizer)[:2])
         train(theirs, range(2))
         torch.testing.assert_close(params_of(skipping), params_of(theirs))
 
