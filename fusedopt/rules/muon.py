@@ -201,12 +201,12 @@ class Muon(FusedOptimizer):
         hyper_of_adam = (lr, beta1, beta2, eps, weight_decay, 0.0, 1.0, form, max_lr)
         scalars_of_adam, scalar_states = Adam.scalars(hyper_of_adam, scalar_states)
         scalars_of_muon = (1 - momentum, momentum if nesterov else 1.0, lr)
-        return scalars_of_adam + scalars_of_muon, scalar_states
+        return scalars_of_adam + scalars_of_muon, scalar_states  # Adam's ten come first, as its functions take them
 
     @staticmethod
     def direction(param: Tensor, grad: Tensor, states: States, scalars: Scalars) -> None:
         """The direction of a matrix, in place of `param`, and its momentum."""
-        momentum_weight, lean = scalars[10], scalars[11]
+        momentum_weight, lean, _ = scalars[10:]
         momentum_buffer = states[2]
         momentum_buffer.lerp_(grad, momentum_weight)
         param.copy_(grad.lerp(momentum_buffer, lean))

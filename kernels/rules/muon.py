@@ -18,7 +18,7 @@ def scalars(hyper, scalar_states):
 
 @triton.jit
 def direction(param, grad, states, scalars, STATES: tl.constexpr):
-    momentum_weight, lean = scalars[10], scalars[11]
+    momentum_weight, lean, _ = scalars[10:]
     momentum_buffer = lerp(states[2], grad, momentum_weight)
     return lerp(grad, momentum_buffer, lean), (states[0], states[1], momentum_buffer)
 
