@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from ..step.sharding import local, spec_of
 from .batches import Matrices, Memory
@@ -26,15 +25,15 @@ class Cut:
     """How matrices are cut: among which ranks, and along which of the dimensions of their parameter."""
 
     ranks: Any  # dist.ProcessGroup
-    places: tuple[int, ...]  # of each of its ranks, along the dimension of the mesh
+    count: int  # of them, who hold their pieces in the order of the group, as torch's collectives have it
     dim: int
     shape: tuple[int, ...]  # of the matrices that are whole when all pieces are put together
 
     def piece(self, rank: int) -> tuple[int, int]:
         """Where the piece of a rank begins, and how long it is."""
         length = self.shape[self.dim]
-        chunk = -(-length // len(self.places))
-        start = min(self.places[rank] * chunk, length)
+        chunk = -(-length // self.count)
+        start = min(rank * chunk, length)
         return start, min(chunk, length - start)
 
     def shape_on(self, rank: int) -> tuple[int, ...]:
@@ -76,14 +75,10 @@ def cut_of(param: Tensor, name: str) -> Cut | None:
             f"Muon cannot put the matrices of {name} together: its placements are {spec.placements}, but matrices may "
             "be cut along one dimension of the mesh only, by Shard"
         )
-    ranks = spec.mesh.get_group(mesh_dim)
-    coordinate = spec.mesh.get_coordinate()
-    index = (*coordinate[:mesh_dim], slice(None), *coordinate[mesh_dim + 1 :])
-    with _disable_current_modes():  # the mesh is real in a dry run too
-        in_mesh = spec.mesh.mesh[index].tolist()
-    places = tuple(map(in_mesh.index, dist.get_process_group_ranks(ranks)))
     held, dim = local(param).shape, placement.dim
-    return Cut(ranks, places, dim, (*held[:dim], param.shape[dim], *held[dim + 1 :]))
+    return Cut(
+        spec.mesh.get_group(mesh_dim), spec.mesh.size(mesh_dim), dim, (*held[:dim], param.shape[dim], *held[dim + 1 :])
+    )
 
 
 def owners(costs: Sequence[float], count: int, first: int = 0) -> list[int]:
@@ -136,12 +131,12 @@ class Share:
         return self.matrices.slot.narrow(0, self.first, self.sent.shape[0])
 
 
-def shares_of(matrices: Matrices, cut: Cut, count: int) -> list[Share]:
-    """What is owned together of a parameter: a batch is divided among so many ranks."""
+def shares_of(matrices: Matrices, cut: Cut) -> list[Share]:
+    """What is owned together of a parameter: a batch is divided into as many parts as there are ranks."""
     if len(cut.shape) == 2 or not cut.shape[0]:
         return [Share(matrices, cut, 0)]
     length, *rest = cut.shape
-    ends = [length * part // count for part in range(count + 1)]
+    ends = [length * part // cut.count for part in range(cut.count + 1)]
     return [
         Share(matrices, replace(cut, shape=(end - first, *rest)), first) for first, end in pairwise(ends) if end > first
     ]
@@ -161,8 +156,8 @@ class Exchange:
 
     def __init__(self, members: Sequence[tuple[Matrices, Cut]], memory: Memory, name: Hashable, turn: int) -> None:
         self._ranks = members[0][1].ranks
-        rank, count = dist.get_rank(self._ranks), dist.get_world_size(self._ranks)
-        of_members = [shares_of(matrices, cut, count) for matrices, cut in members]
+        rank, count = dist.get_rank(self._ranks), members[0][1].count
+        of_members = [shares_of(matrices, cut) for matrices, cut in members]
         shares = [share for of_member in of_members for share in of_member]
         owner = owners([cost(share.cut.shape) for share in shares], count, turn % count)
         by_owner = [[share for share, of in zip(shares, owner, strict=True) if of == other] for other in range(count)]

@@ -16,7 +16,7 @@ from ..options import CommonOptions, is_default, is_number
 from ..protocol import Group, Scalars, States
 from . import decay
 from .adam import Adam
-from .checks import check_betas
+from .checks import check_betas, lies_on_device
 
 ADJUST_LR_FNS = (None, "original", "match_rms_adamw", "spectral_unclamped")
 MOST_STEPS = 99
@@ -65,8 +65,8 @@ class Muon(FusedOptimizer):
         ns_coefficients: :math:`(a, b, c)` of all iterations; or a sequence of triples, one for each, of which the last
             is repeated; or ``"polar_express"``, those of Amsel et al., which bring small singular values faster to 1
             and all of them closer.
-        eps: :math:`\epsilon \ge 0`, below which norms count as this. In a group with ``use_muon=False`` it is AdamW's,
-            and 1e-8 unless the group has its own.
+        eps: :math:`\epsilon \ge 0`, below which norms count as this; no tensor on a device. In a group with
+            ``use_muon=False`` it is AdamW's, and 1e-8 unless the group has its own.
         ns_steps: :math:`k`, from 0 to 99.
         adjust_lr_fn: :math:`s` of a matrix of shape :math:`M \times N`. None and ``"original"``:
             :math:`\sqrt{\max(1, M / N)}`; ``"match_rms_adamw"``: :math:`0.2\sqrt{\max(M, N)}`, with which learning rate
@@ -202,12 +202,13 @@ class Muon(FusedOptimizer):
         lr, weight_decay, momentum, nesterov, beta1, beta2, eps, form, max_lr = hyper
         hyper_of_adam = (lr, beta1, beta2, eps, weight_decay, 0.0, 1.0, form, max_lr)
         scalars_of_adam, scalar_states = Adam.scalars(hyper_of_adam, scalar_states)
-        return (*scalars_of_adam, 1 - momentum, momentum if nesterov else 1.0, lr), scalar_states
+        scalars_of_muon = (1 - momentum, momentum if nesterov else 1.0, lr)
+        return scalars_of_adam + scalars_of_muon, scalar_states  # Adam's ten come first, as its functions take them
 
     @staticmethod
     def direction(param: Tensor, grad: Tensor, states: States, scalars: Scalars) -> None:
         """The direction of a matrix, in place of `param`, and its momentum."""
-        momentum_weight, lean = scalars[10], scalars[11]
+        momentum_weight, lean, _ = scalars[10:]
         momentum_buffer = states[2]
         momentum_buffer.lerp_(grad, momentum_weight)
         param.copy_(grad.lerp(momentum_buffer, lean))
@@ -240,8 +241,8 @@ def _product(group: Group, of_group: str) -> Product | None:
         raise ValueError(f"Number of steps must be less than {MOST_STEPS + 1} for computational efficiency")
     if adjust_lr_fn not in ADJUST_LR_FNS:
         raise ValueError(f"Adjust learning rate function {adjust_lr_fn} is not supported")
-    if not (eps.numel() == 1 if isinstance(eps, Tensor) else is_number(eps)):
-        raise TypeError(f"eps{of_group} must be one number, but it is {eps!r}")
+    if lies_on_device(eps) or not (eps.numel() == 1 if isinstance(eps, Tensor) else is_number(eps)):
+        raise TypeError(f"eps{of_group} must be one number, in a tensor only on the CPU, but it is {eps!r}")
     if not float(eps) >= 0:
         raise ValueError(f"eps{of_group} should be >= 0 but is: {eps}")
     split, split_dim = group.get("split"), group.get("split_dim", -2)

@@ -12,12 +12,13 @@ def scalars(hyper, scalar_states):
     zero = tl.zeros_like(lr)
     hyper_of_adam = (lr, beta1, beta2, eps, weight_decay, zero, zero + 1.0, form, max_lr)
     scalars_of_adam, scalar_states = adam.scalars(hyper_of_adam, scalar_states)
-    return (*scalars_of_adam, 1 - momentum, tl.where(nesterov != 0, momentum, 1.0), lr), scalar_states
+    scalars_of_muon = (1 - momentum, tl.where(nesterov != 0, momentum, 1.0), lr)
+    return scalars_of_adam + scalars_of_muon, scalar_states
 
 
 @triton.jit
 def direction(param, grad, states, scalars, STATES: tl.constexpr):
-    momentum_weight, lean = scalars[10], scalars[11]
+    momentum_weight, lean, _ = scalars[10:]
     momentum_buffer = lerp(states[2], grad, momentum_weight)
     return lerp(grad, momentum_buffer, lean), (states[0], states[1], momentum_buffer)
 

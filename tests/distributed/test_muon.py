@@ -307,10 +307,11 @@ def test_a_mesh_of_two_dimensions(backend):
         ((8, 8, 8), (Shard(0), Shard(0)), {}),
         ((1, 8, 8), (Shard(0), Shard(1)), {}),  # which half of the ranks have nothing of
     ]
-    models, optimizers = make_both(cases, square_mesh(), backend=backend)
-    for step in range(2):
-        step_both(models, optimizers, step)
-    assert_same_bits(*models, optimizers)
+    for mesh, on_mesh in (square_mesh(), cases), (square_mesh()["inner"], CUT[:6]):
+        models, optimizers = make_both(on_mesh, mesh, backend=backend)
+        for step in range(2):
+            step_both(models, optimizers, step)
+        assert_same_bits(*models, optimizers)
 
 
 @both_backends
