@@ -171,6 +171,8 @@ def test_every_number_may_be_a_tensor(case, backend, monkeypatch):
     defaults = case.make(make_params(of=case.optimizer)).param_groups[0]
     numbers = {key: defaults[key] for key in case.optimizer_class.hyperparameters if key in defaults}
     numbers = {key: value for key, value in numbers.items() if not isinstance(value, (bool, str))}
+    if case.optimizer == "Muon":
+        del numbers["eps"]  # of products, which the host asks for
     tensors = tree_map(lambda number: torch.tensor(float(number), dtype=torch.float64, device=DEVICE), numbers)
     as_it_is = lambda value, *_: value if isinstance(value, torch.Tensor) else float(value)  # noqa: E731
     monkeypatch.setattr("fusedopt.step.hyper._number", as_it_is)
