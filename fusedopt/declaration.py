@@ -64,8 +64,9 @@ def check_declaration(optimizer: type[OptimizerLike], base: type[OptimizerLike],
 
 
 def argument_defaults(optimizer: type[OptimizerLike]) -> dict[str, Any]:
-    """The defaults of a class's arguments that are keys of its param groups: what an old pickle lacks."""
+    """The defaults of a class's arguments that all of its param groups have as keys: what an old pickle lacks."""
     keys = {*optimizer.hyperparameters, *optimizer.options, "foreach", "capturable", "differentiable"}
+    keys -= set(optimizer.optional)
     defaults: dict[str, Any] = {}
     for cls in reversed(optimizer.__mro__):
         arguments = inspect.signature(vars(cls)["__init__"]).parameters if "__init__" in vars(cls) else {}

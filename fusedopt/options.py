@@ -106,8 +106,13 @@ def settle_options(optimizer: OptimizerLike, group: Group, own: Set[str]) -> Non
         group.pop("backend", None)
     for key, default in optional_keys(optimizer).items():
         saved = key == KEYS["seed"] and option(group, "rounding") == "stochastic"  # a resumed run needs it
-        if key in group and group[key] == default and not saved:
+        if key in group and is_default(group[key], default) and not saved:
             del group[key]
+
+
+def is_default(value: Any, default: Any) -> bool:
+    """Whether a value, which may be an array of numbers, is its default."""
+    return not getattr(value, "ndim", 0) and bool(value == default)
 
 
 def begin_counters(group: Group) -> None:

@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 from ..matrices.batches import Product
 from ..matrices.newton_schulz import NAMED, QUINTIC, Coefficients, NewtonSchulz
 from ..optimizer import FusedOptimizer
-from ..options import CommonOptions, is_number
+from ..options import CommonOptions, is_default, is_number
 from ..protocol import Group, Scalars, States
 from . import decay
 from .adam import Adam
@@ -161,6 +161,8 @@ class Muon(FusedOptimizer):
             "max_lr": max_lr,
         }
         super().__init__(params, defaults, **common)
+        if is_default(betas, self.optional["betas"]):
+            del self.defaults["betas"]  # where they are, schedulers turn them, and not the momentum
 
     def add_param_group(self, param_group: Group) -> None:
         # An object of torch's class has no such default.
@@ -247,7 +249,7 @@ def _product(group: Group, of_group: str) -> Product | None:
     if split_dim not in (-2, -1):
         raise ValueError(f"split_dim{of_group} must be -2 for rows or -1 for columns, but it is {split_dim!r}")
     if split is not None:
-        sizes = (split,) if isinstance(split, int) else tuple(split)
+        sizes = (split,) if not isinstance(split, Sequence) else tuple(split)
         if not sizes or not all(isinstance(size, int) and size > 0 for size in sizes):
             raise ValueError(f"split{of_group} must be a positive integer or sizes that are, but it is {split!r}")
         split = split if isinstance(split, int) else sizes

@@ -85,6 +85,7 @@ def test_complex_parameter_with_a_real_gradient(name, backend):
 
 SPARSE_MESSAGES = {
     "RMSprop": "RMSprop does not support sparse gradients",
+    "Muon": "Muon does not support sparse gradients",
     "Adadelta": "Adadelta does not support sparse gradients",
     "Adam": "Adam does not support sparse gradients, please consider SparseAdam instead",
     "AdamW": "Adam does not support sparse gradients, please consider SparseAdam instead",

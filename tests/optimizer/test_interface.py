@@ -196,7 +196,7 @@ PAIRS = {
     "sequence": collections.UserList,
     "tensor": lambda pair: torch.tensor(pair, dtype=torch.float64),
 }
-PAIR_OF = {name: {"betas": (0.8, 0.75)} for name in ("Adam", "AdamW", "NAdam", "RAdam", "Adamax")}
+PAIR_OF = {name: {"betas": (0.8, 0.75)} for name in ("Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Muon")}
 PAIR_OF["Rprop"] = {"etas": (0.25, 1.5), "step_sizes": (0.125, 2.0)}
 
 
@@ -205,10 +205,10 @@ PAIR_OF["Rprop"] = {"etas": (0.25, 1.5), "step_sizes": (0.125, 2.0)}
 @both_backends
 def test_a_pair_is_any_sequence(name, kind, backend):
     pairs = {key: kind(value) for key, value in PAIR_OF[name].items()}
-    expected = make(name, make_params(), backend=backend, **PAIR_OF[name])
-    given = make(name, make_params(), backend=backend, **pairs)
-    grouped = make(name, [{"params": make_params(), **pairs}], backend=backend)
-    later = make(name, make_params(), backend=backend)
+    expected = make(name, make_params(of=name), backend=backend, **PAIR_OF[name])
+    given = make(name, make_params(of=name), backend=backend, **pairs)
+    grouped = make(name, [{"params": make_params(of=name), **pairs}], backend=backend)
+    later = make(name, make_params(of=name), backend=backend)
     later.param_groups[0].update(pairs)
     train(expected, range(3))
     for optimizer in (given, grouped, later):

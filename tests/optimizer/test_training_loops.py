@@ -80,9 +80,9 @@ def test_step_scheduler_for_every_class(name, backend):
 
 
 @both_backends
-@pytest.mark.parametrize("name", ["SGD", "RMSprop", "Adam", "AdamW"])
+@pytest.mark.parametrize("name", ["SGD", "RMSprop", "Adam", "AdamW", "Muon"])
 def test_one_cycle_turns_momentum_or_betas(name, backend):
-    options = {"momentum": 0.9} if name == "RMSprop" else {}
+    options = {"momentum": 0.9} if name in ("RMSprop", "Muon") else {}
     pair = both(name, backend, **options)
     for optimizer in pair:
         scheduler = OneCycleLR(optimizer, max_lr=0.1, total_steps=5, cycle_momentum=True)
@@ -171,6 +171,8 @@ def test_every_number_may_be_a_tensor(case, backend, monkeypatch):
     defaults = case.make(make_params(of=case.optimizer)).param_groups[0]
     numbers = {key: defaults[key] for key in case.optimizer_class.hyperparameters if key in defaults}
     numbers = {key: value for key, value in numbers.items() if not isinstance(value, (bool, str))}
+    if case.optimizer == "Muon":
+        del numbers["eps"]  # of products, which the host asks for
     tensors = tree_map(lambda number: torch.tensor(float(number), dtype=torch.float64, device=DEVICE), numbers)
     as_it_is = lambda value, *_: value if isinstance(value, torch.Tensor) else float(value)  # noqa: E731
     monkeypatch.setattr("fusedopt.step.hyper._number", as_it_is)

@@ -398,6 +398,7 @@ OWN_ERRORS = [
     ({"betas": (0.9, 1.0)}, ValueError, "Invalid beta parameter at index 1"),
     ({"use_muon": "no"}, TypeError, "use_muon of group 0"),
     ({"split": 0}, ValueError, "split of group 0"),
+    ({"split": 2.0}, ValueError, "split of group 0"),
     ({"split": (2, -1)}, ValueError, "split of group 0"),
     (
         {"split": 3},
@@ -497,6 +498,14 @@ def test_eps_of_a_group_of_adamw():
     assert fusedopt.Muon([{"params": others, "use_muon": False, "eps": 1e-6}]).param_groups[0]["eps"] == 1e-6
     assert fusedopt.Muon(parameters([(3, 4)])).param_groups[0]["eps"] == 1e-7
     assert type(fusedopt.Muon(others, use_muon=False)).__name__ == "Muon"
+
+
+def test_schedulers_turn_the_momentum():
+    """Which they ask the defaults for, where `betas` would go before it."""
+    optimizer = fusedopt.Muon(parameters([(8, 16)]))
+    assert "betas" not in optimizer.defaults
+    assert "betas" not in pickle.loads(pickle.dumps(optimizer)).defaults
+    assert fusedopt.Muon(parameters([(8, 16)]), betas=(0.5, 0.6)).defaults["betas"] == (0.5, 0.6)
 
 
 def test_the_optimizer_can_be_made_again_from_its_defaults():

@@ -14,6 +14,7 @@ optimizer = fusedopt.AdamW(model.parameters(), lr=1e-3, max_grad_norm=1.0, state
 assert_type(optimizer, fusedopt.AdamW)
 number = torch.tensor(0.1)
 fusedopt.AdamW(model.parameters(), weight_decay=number, betas=(number, number), weight_decay_form="cautious")
+fusedopt.Muon(fusedopt.muon_groups(model), momentum=number, ns_coefficients="polar_express", split=[10, 10])
 fusedopt.SGD(model.parameters(), momentum=number, skip_grad_norm=number, ema_decay=number)
 assert_type(optimizer.grad_norm, Tensor | None)
 assert_type(optimizer.skipped_steps, Tensor)
