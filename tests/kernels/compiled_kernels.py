@@ -31,8 +31,8 @@ def compiled_for(kernel):
 
     A rule is the same text in every mode, and a mode the same for every rule. So the other rules are compiled in each
     dtype of the arithmetic, and rounding stochastically, which has the accesses of bf16 and more instructions; the
-    other modes with SGD and Adam only, averages with the fewest and the most states. gfx942 has functions of its own and takes every
-    rule once; sm_80 has those of sm_90. `bench.static` compiles everything for all targets.
+    other modes with SGD and Adam only, averages with the fewest and the most states. gfx942 has functions of its own
+    and takes every rule once; sm_80 has those of sm_90. `bench.static` compiles everything for all targets.
     """
     if kernel.rule == "muon-exp_avg-exp_avg_sq":  # Adam's function
         return ["sm_90"] if kernel.dtypes == "fp32" else []
