@@ -270,7 +270,8 @@ def _updates(
         is_stochastic(group),
         option(group, "ema_decay") is not None,
     )
-    n_hyper = count_numbers(optimizer.defaults[name] for name in optimizer.hyperparameters)
+    values = {**optimizer.optional, **optimizer.defaults}
+    n_hyper = count_numbers(values[name] for name in optimizer.hyperparameters)
     signatures = [signature]
     if optimizer.product(group) is not None:
         direction = direction_dtype(param)

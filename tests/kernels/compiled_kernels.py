@@ -13,7 +13,6 @@ TESTED = ["sm_80", "sm_90", "gfx942"]
 EVERY_MODE = [*MODES, *AVERAGED]
 HEAVIEST = ["bfloat16-rounding=stochastic", "bfloat16-ema_decay=0.999-master_weights"]  # most registers and streams
 QUANTIZED = "float32-state_dtype=8bit"
-COUNTED = ["bfloat16-master_weights", "bfloat16-kahan"]  # whose instructions the tests count
 MOMENTUM, ADAM, AMSGRAD = "sgd-momentum_buffer", "adam-exp_avg-exp_avg_sq", "adam-exp_avg-exp_avg_sq-max_exp_avg_sq"
 NUMBERS = [1, 2, 15, 16, 17, 2**31 - 1, 2**31, 2**40]
 UPDATES = updates_of([*CASES, *MATRIX_CASES], EVERY_MODE)
@@ -32,8 +31,8 @@ def compiled_for(kernel):
 
     A rule is the same text in every mode, and a mode the same for every rule. So the other rules are compiled in each
     dtype of the arithmetic, and rounding stochastically, which has the accesses of bf16 and more instructions; the
-    other modes with no state, one, and three: two are between them. gfx942 has functions of its own and takes every
-    rule once; sm_80 has those of sm_90. `bench.static` compiles everything for all targets.
+    other modes with SGD and Adam only, averages with the fewest and the most states. gfx942 has functions of its own
+    and takes every rule once; sm_80 has those of sm_90. `bench.static` compiles everything for all targets.
     """
     if kernel.rule == "muon-exp_avg-exp_avg_sq":  # Adam's function
         return ["sm_90"] if kernel.dtypes == "fp32" else []
@@ -46,9 +45,7 @@ def compiled_for(kernel):
         return TESTED
     if kernel.dtypes in ("fp32", "fp64", HEAVIEST[0]):
         return ["sm_90", "gfx942"] if kernel.dtypes == "fp32" else ["sm_90"]
-    if kernel.rule == ADAM and kernel.dtypes in COUNTED:
-        return ["sm_90"]
-    some = ("sgd", AMSGRAD) if "ema_decay" in kernel.dtypes else ("sgd", MOMENTUM, AMSGRAD)
+    some = ("sgd", AMSGRAD) if "ema_decay" in kernel.dtypes else ("sgd", MOMENTUM, ADAM, AMSGRAD)
     return ["sm_90"] if kernel.rule in some else []
 
 
