@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Hashable, Iterator, MutableMapping, Sequence
+from collections.abc import Collection, Hashable, MutableMapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -111,14 +110,22 @@ class Batch:
                 part = self.x[start : min(last, start + self.most)]
                 orthogonalize_(part, self.key.iterations, self.key.scale, workspace)
 
-    def _runs(self, present: Collection[int] | None) -> Iterator[tuple[int, int]]:
+    def _runs(self, present: Collection[int] | None) -> list[tuple[int, int]]:
+        """What is multiplied together. Matrices between those that are present may be, too: nobody reads them then.
+
+        A gap is bridged unless it is longer than all that are present, so that there are few runs, none of them long.
+        """
         if present is None:
-            yield 0, self.count
-            return
-        for is_present, places in groupby(self.places, key=lambda place: place[0] in present):
-            if is_present:
-                same = list(places)
-                yield same[0][1], same[-1][1] + same[-1][2]
+            return [(0, self.count)]
+        places = [(first, first + count) for position, first, count in self.places if position in present]
+        together = sum(last - first for first, last in places)
+        runs: list[tuple[int, int]] = []
+        for first, last in places:
+            if runs and first - runs[-1][1] <= together:
+                runs[-1] = runs[-1][0], last
+            else:
+                runs.append((first, last))
+        return runs
 
 
 @dataclass

@@ -87,8 +87,9 @@ def orthogonalize_(x: Tensor, iterations: NewtonSchulz, scale: float, workspace:
         workspace: large enough for `x`.
     """
     other, gram, polynomial = workspace.views(x)
-    # Its rounding to bf16 is torch's.
-    norms = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp_(min=iterations.eps)
+    # Its rounding to bf16 is torch's. It is never 0, so that zeros stay zeros also without an eps.
+    least = max(iterations.eps, torch.finfo(x.dtype).tiny)
+    norms = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp_(min=least)
     if iterations.safety != 1:
         norms *= iterations.safety
     coefficients = iterations.coefficients
