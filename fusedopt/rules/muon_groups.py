@@ -104,10 +104,10 @@ def _params_of(model: nn.Module, entry: Any) -> list[Tensor]:
     if not isinstance(entry, str):
         if not isinstance(entry, (nn.Module, Tensor)):
             raise TypeError(f"adamw takes names, modules and parameters, not {torch.typename(entry)}")
-        params = [entry] if isinstance(entry, Tensor) else list(entry.parameters())
-        if not set(map(id, params)) <= set(map(id, model.parameters())):
+        mine: list[Tensor] = [entry] if isinstance(entry, Tensor) else list(entry.parameters())
+        if not set(map(id, mine)) <= set(map(id, model.parameters())):
             raise ValueError(f"adamw has a {torch.typename(entry)} that is not in the model")
-        return params
+        return mine
     params = _by_both_names(model.named_parameters(remove_duplicate=False))
     modules = _by_both_names(model.named_modules(remove_duplicate=False))
     if entry in params:

@@ -45,7 +45,7 @@ def specialize(function, constants, compute, done):
         names.pop(parameter.arg, None)
     names |= {name: meaning(value) for name, value in constants.items()} | {"COMPUTE": compute}
     # What is assigned somewhere is not the global of that name.
-    assigned = _stored(tree)
+    assigned = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     known = {name: value for name, value in names.items() if name not in assigned}
     weak = function.__module__ == language.__name__ or not function.__module__.startswith(PACKAGE)
     tree.body = _Specializer(known, names, compute, weak, done).statements(tree.body)
@@ -81,7 +81,6 @@ class _Specializer(ast.NodeTransformer):
         self._compute = compute
         self._weak = weak  # whether numbers take the dtype of the arithmetic
         self._done = done
-        self._items = {}  # of tuples that are put together item by item: their names, and the names of the items
 
     def statements(self, nodes):
         """These statements, specialized."""
@@ -99,19 +98,10 @@ class _Specializer(ast.NodeTransformer):
                 return ast.copy_location(self._named(value), node)
         return super().visit(node)
 
-    def visit_Name(self, node):
-        """A tuple that has been put together."""
-        if node.id in self._items and isinstance(node.ctx, ast.Load):
-            return ast.copy_location(self._tuple(node.id), node)
-        return node
-
     def visit_Subscript(self, node):
         """An index, and each end of a slice, stays the integer that it is."""
-        is_slice = isinstance(node.slice, ast.Slice)
-        is_known, index = (False, None) if is_slice else self._evaluated(node.slice)
-        if is_known and isinstance(node.value, ast.Name) and node.value.id in self._items:
-            return ast.copy_location(ast.Name(self._items[node.value.id][index], ast.Load()), node)
         node.value = self.visit(node.value)
+        is_slice = isinstance(node.slice, ast.Slice)
         for owner, name in [(node.slice, end) for end in ("lower", "upper", "step")] if is_slice else [(node, "slice")]:
             if getattr(owner, name) is not None:
                 is_known, index = self._evaluated(getattr(owner, name))
@@ -139,24 +129,15 @@ class _Specializer(ast.NodeTransformer):
 
     def visit_Assign(self, node):
         """What is assigned is not known any more."""
-        node.value = self.visit(node.value)
-        for name in _stored(node):
-            self._known.pop(name, None)
-            self._items.pop(name, None)
-        if isinstance(node.targets[0], ast.Name) and isinstance(node.value, ast.Tuple) and not node.value.elts:
-            self._items[node.targets[0].id] = []
-            return None
-        node.targets = [self.visit(target) for target in node.targets]
+        node = self.generic_visit(node)
+        for target in node.targets:
+            for part in ast.walk(target):
+                if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store):
+                    self._known.pop(part.id, None)
         return node
 
     def visit_AugAssign(self, node):
-        """Numba adds no tuple in place, and takes long to add one at all: each item has a name of its own."""
-        items = self._items.get(getattr(node.target, "id", None))
-        if items is not None and _is_plain_tuple(node.value):
-            values = [self.visit(value) for value in node.value.elts]
-            names = [f"{node.target.id}_{len(items) + i}_" for i in range(len(values))]
-            items += names
-            return [_assignment(name, value, node) for name, value in zip(names, values, strict=True)]
+        """Numba adds no tuple in place."""
         target = ast.Name(node.target.id, ast.Load())
         assign = ast.Assign([node.target], ast.copy_location(ast.BinOp(target, node.op, node.value), node))
         return self.visit(ast.copy_location(assign, node))
@@ -174,19 +155,10 @@ class _Specializer(ast.NodeTransformer):
         is_known, test = self._evaluated(node.test)
         if is_known:
             return self.statements(node.body if test else node.orelse)
-        before = self._together(node)
         node.test = self.visit(node.test)
-        node.body = self._body(node.body)
-        node.orelse = self._body(node.orelse) if node.orelse else []
-        return [*before, node]
-
-    def visit_While(self, node):
-        """As an `if`."""
-        before = self._together(node)
-        node.test = self.visit(node.test)
-        node.body = self._body(node.body)
-        node.orelse = self._body(node.orelse) if node.orelse else []
-        return [*before, node]
+        node.body = self.statements(node.body)
+        node.orelse = self.statements(node.orelse) if node.orelse else []
+        return node
 
     def visit_IfExp(self, node):
         """As an `if`."""
@@ -203,11 +175,13 @@ class _Specializer(ast.NodeTransformer):
             for i in range(*map(self._constant, node.iter.args)):
                 self._known[node.target.id] = i
                 lines += self.statements(copy.deepcopy(node.body))
+            last = self._known.pop(node.target.id, None)  # behind the loop it is a variable, as a branch may have it
+            if last is not None:
+                lines.append(ast.copy_location(ast.Assign([node.target], ast.Constant(last)), node))
             return lines
-        before = self._together(node)
         node.iter = self.visit(node.iter)
-        node.body = self._body(node.body)
-        return [*before, node]
+        node.body = self.statements(node.body)
+        return node
 
     def visit_Expr(self, node):
         """Check a `static_assert`."""
@@ -217,24 +191,6 @@ class _Specializer(ast.NodeTransformer):
                 raise TypeError(*message)
             return None
         return self.generic_visit(node)
-
-    def _together(self, node):
-        """Statements that make ordinary tuples of those which a loop or a branch changes."""
-        return [self._whole(name, node) for name in sorted(_stored(node) & self._items.keys())]
-
-    def _body(self, nodes):
-        """What is done in a loop or a branch; tuples that begin in there are ordinary ones behind it."""
-        outside = set(self._items)
-        lines = self.statements(nodes)
-        return lines + [self._whole(name, nodes[-1]) for name in sorted(self._items.keys() - outside)]
-
-    def _whole(self, name, node):
-        line = _assignment(name, self._tuple(name), node)
-        del self._items[name]
-        return line
-
-    def _tuple(self, name):
-        return ast.Tuple([ast.Name(item, ast.Load()) for item in self._items[name]], ast.Load())
 
     def _evaluated(self, node):
         """(whether the value of an expression is known, the value)."""
@@ -298,19 +254,6 @@ def _is_shared(function, constants):
 
 def _is_plain(value):
     return all(map(_is_plain, value)) if isinstance(value, tuple) else isinstance(value, VALUES)
-
-
-def _stored(node):
-    """The names that a statement assigns."""
-    return {part.id for part in ast.walk(node) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)}
-
-
-def _is_plain_tuple(node):
-    return isinstance(node, ast.Tuple) and not any(isinstance(item, ast.Starred) for item in node.elts)
-
-
-def _assignment(name, value, node):
-    return ast.copy_location(ast.Assign([ast.Name(name, ast.Store())], value), node)
 
 
 def _is_device_function(value):

@@ -90,9 +90,10 @@ EXACT = [
     "result = x\n    for i in tl.static_range(3):\n        result += (x, y, 0.1 * x)[i] * (i + 1)",
     "POWER: tl.constexpr = 0.7\n    result = POWER * x",
     "result = x\n    for i in tl.static_range(2):\n        result += i * y\n    i = result * 2\n    result -= i",
+    "result = x\n    i = 5\n    if lr > 5:\n        for i in tl.static_range(2):\n            result += i * y\n"
+    "    result += i * y",
+    "parts = (x, y, 0.1 * x, lr)\n    first, second = parts[1:3]\n    result = first + second + parts[:1][0]",
     "result = x\n    for i in range(1, 3):\n        result += i * y",
-    "parts = ()\n    for i in tl.static_range(3):\n        parts += (x * i, y)\n    result = parts[2] - parts[3]",
-    "parts = ()\n    parts += (x,)\n    a = parts\n    parts = ()\n    parts += (y,)\n    result = a[0] - parts[-1]",
     "result = flagged(x, True) + 10.0 * flagged(x, 1)",
     "(x > 0.25).to(tl.float32) * y",
     "arithmetic.div(x, y)",

@@ -192,6 +192,33 @@ def test_products_do_not_depend_on_the_number_of_matrices():
     assert products(1) == products(20) == {"bmm": 15, "baddbmm": 30, **once, "_foreach_copy_": 0}
 
 
+@pytest.mark.parametrize("missing", [slice(None, None, 2), slice(None, None, 3), slice(10, 30)], ids=str)
+def test_absent_matrices_break_no_batch(missing):
+    """They are multiplied with the others, whatever is there; only a long gap is left out."""
+    params = parameters([(8, 16)] * 60, torch.float32)
+    optimizer = fusedopt.Muon(params, lr=0.1)
+    step(optimizer, params, gradients(params, 1))
+    for param in params[missing]:
+        param.grad = None
+    before = [param.detach().clone() for param in params]
+    with Operations() as seen:
+        optimizer.step()
+    assert Counter(seen.names)["linalg_vector_norm"] == 1
+    for param, was in zip(params, before, strict=True):
+        assert torch.equal(param, was) == (param.grad is None)
+
+
+def test_few_matrices_of_a_large_batch_are_multiplied_alone():
+    params = parameters([(8, 16)] * 60, torch.float32)
+    optimizer = fusedopt.Muon(params, lr=0.1)
+    step(optimizer, params, gradients(params, 1))
+    (batch,) = optimizer._stepper.plan._step._batches._batches.values()
+    assert batch._runs({0, 59}) == [(0, 1), (59, 60)]
+    assert batch._runs({3, 5, 59}) == [(3, 6), (59, 60)]
+    assert batch._runs(None) == [(0, 60)]
+    assert batch._runs(set()) == []
+
+
 @pytest.mark.parametrize("backend", KERNEL_ENGINES)
 def test_launches_do_not_depend_on_the_number_of_matrices(backend, monkeypatch):
     """One `prepare` and one `update` before the products, which step AdamW's parameters too, and as many after them."""

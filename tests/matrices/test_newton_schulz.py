@@ -72,6 +72,12 @@ def test_zeros_stay_zeros_and_touch_nothing_else(iterations):
     torch.testing.assert_close(result[[0, 2]], others)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_zeros_stay_zeros_without_an_eps(dtype):
+    x = torch.zeros(2, 8, 8, dtype=dtype, device=DEVICE)
+    assert (orthogonalized(x, NewtonSchulz.of((QUINTIC,), 5, 0.0)) == 0).all()
+
+
 def test_what_is_not_finite_stays_where_it_is():
     x = matrices((3, 8, 8)).bfloat16()
     x[1, 0, 0] = float("nan")

@@ -560,10 +560,39 @@ class TestGroups:
             assert "odd.weight" in names(fusedopt.muon_groups(model, adamw=entry)[1])
         with pytest.raises(ValueError, match="'even'"):
             fusedopt.muon_groups(model, adamw=["even"])
-        with pytest.raises(ValueError, match="no parameter of the model"):
-            fusedopt.muon_groups(model, adamw=[torch.zeros(2, 2)])
+        for foreign in (torch.zeros(2, 2), torch.nn.Linear(2, 2)):
+            with pytest.raises(ValueError, match="is not in the model"):
+                fusedopt.muon_groups(model, adamw=[foreign])
+        wrapped = torch.nn.ModuleDict({"module": model})
+        for name in ("odd", "module.odd"):
+            assert "module.odd.weight" in names(fusedopt.muon_groups(wrapped, adamw=name)[1])
         with pytest.raises(TypeError, match="int"):
             fusedopt.muon_groups(model, adamw=[3])
+
+    def test_what_is_called_output_within_repeated_layers_is_none(self):
+        """As in BERT, and as attention heads are often called."""
+
+        def layer():
+            output, heads = torch.nn.Module(), torch.nn.ModuleList(torch.nn.Linear(4, 2) for _ in range(2))
+            output.dense = torch.nn.Linear(4, 4)
+            return torch.nn.ModuleDict({"output": output, "heads": heads})
+
+        model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([layer()]), "classifier": torch.nn.Linear(4, 3)})
+        model.cls_token, model.pos_embed = (torch.nn.Parameter(torch.zeros(1, n, 4)) for n in (1, 5))
+        model.attention = torch.nn.MultiheadAttention(4, 2, add_bias_kv=True)
+        model.normalized = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(4, 4))
+        muon, adamw = fusedopt.muon_groups(model)
+        assert sorted(name for name, _ in muon["params"]) == [
+            "attention.in_proj_weight",
+            "attention.out_proj.weight",
+            "layers.0.heads.0.weight",
+            "layers.0.heads.1.weight",
+            "layers.0.output.dense.weight",
+            "normalized.parametrizations.weight.original1",
+        ]
+        assert {"classifier.weight", "cls_token", "pos_embed", "attention.bias_k"} <= {
+            name for name, _ in adamw["params"]
+        }
 
     def test_a_group_without_parameters_is_left_out(self):
         (group,) = fusedopt.muon_groups(torch.nn.Linear(3, 4, bias=False))
