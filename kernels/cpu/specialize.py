@@ -177,7 +177,7 @@ class _Specializer(ast.NodeTransformer):
                 lines += self.statements(copy.deepcopy(node.body))
             last = self._known.pop(node.target.id, None)  # behind the loop it is a variable, as a branch may have it
             if last is not None:
-                lines.append(ast.copy_location(ast.Assign([node.target], ast.Constant(last)), node))
+                lines.append(ast.copy_location(ast.Assign([node.target], self._literal(last)), node))
             return lines
         node.iter = self.visit(node.iter)
         node.body = self.statements(node.body)
