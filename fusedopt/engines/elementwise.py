@@ -24,14 +24,17 @@ class ElementwiseStep:
         entries: the entries.
         live: their tensors, in the same order.
         n_hyper: how many numbers of a group are the class's.
+
+    Attributes:
+        exchanges: whether ranks bring each other anything beside what the gate asks: no element needs others.
     """
+
+    exchanges = False
 
     def __init__(self, optimizer: OptimizerLike, entries: Sequence[Entry], live: Live, n_hyper: int) -> None:
         in_kernels = [entry.kernels for entry in entries]
         self._reference = None if all(in_kernels) else ReferenceStep(entries, live)
         self._kernels = KernelStep(optimizer, entries, live, n_hyper) if any(in_kernels) else None
-
-    exchanges = False  # whether ranks bring each other anything beside what the gate asks
 
     @property
     def has_kernels(self) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -20,7 +21,7 @@ from .checks import check_betas, lies_on_device
 
 ADJUST_LR_FNS = (None, "original", "match_rms_adamw", "spectral_unclamped")
 MOST_STEPS = 99
-ADAMW_EPS = 1e-8
+NORM_EPS, ADAMW_EPS = 1e-7, 1e-8
 NAMED_AT_MOST = 10  # parameters in a message
 
 
@@ -43,7 +44,7 @@ class Muon(FusedOptimizer):
     the number of matrices. `FusedOptimizer`'s options apply to these passes.
 
     A parameter of shape ``[..., M, N]`` is a batch of matrices, such as one of experts. A group with
-    ``use_muon=False`` steps by `AdamW`'s rule, in the same launches: give it the parameters for which Muon is not
+    ``use_muon=False`` steps by `AdamW`'s rule, in the same ``prepare``: give it the parameters for which Muon is not
     meant, embeddings, the output layer, biases, norms and convolutions. `muon_groups` sorts those of a model.
 
     The matrices of DTensors may be cut along one dimension of their mesh, as by ``fully_shard``, also of HSDP, or by
@@ -66,7 +67,7 @@ class Muon(FusedOptimizer):
             is repeated; or ``"polar_express"``, those of Amsel et al., which bring small singular values faster to 1
             and all of them closer.
         eps: :math:`\epsilon \ge 0`, below which norms count as this; no tensor on a device. In a group with
-            ``use_muon=False`` it is AdamW's, and 1e-8 unless the group has its own.
+            ``use_muon=False`` it is AdamW's, and 1e-8 if the group is given none.
         ns_steps: :math:`k`, from 0 to 99.
         adjust_lr_fn: :math:`s` of a matrix of shape :math:`M \times N`. None and ``"original"``:
             :math:`\sqrt{\max(1, M / N)}`; ``"match_rms_adamw"``: :math:`0.2\sqrt{\max(M, N)}`, with which learning rate
@@ -86,8 +87,10 @@ class Muon(FusedOptimizer):
         ``use_muon=False``.
 
     Memory:
-        Beside the states, 2 bytes an element of all matrices of this rank for their directions, and what the largest
-        batch takes again, with two squares of each of its matrices (of at most 2^27 elements at a time). Of matrices
+        Beside the states, 2 bytes an element of all matrices of this rank for their directions, and for the largest
+        batch as much again, with two squares of the shorter side of each of its matrices (of at most 2^27 elements at
+        a time). 2 more for those that are padded or divide along what is no row in memory, where sides count as
+        multiples of 8. Of matrices
         that are cut between ranks, twice 2 bytes for each element that a rank holds, and 2 for those that it
         orthogonalizes; 2 more for batches, and where other than rows lie together. With `step_in_backward`, parameters
         of one shape have all this in common.
@@ -123,7 +126,7 @@ class Muon(FusedOptimizer):
         momentum: float | Tensor = 0.95,
         nesterov: bool = True,
         ns_coefficients: tuple[float, float, float] | Sequence[tuple[float, float, float]] | str = QUINTIC,
-        eps: float | Tensor = 1e-7,
+        eps: float | Tensor = NORM_EPS,
         ns_steps: int = 5,
         adjust_lr_fn: str | None = None,
         *,
@@ -137,7 +140,7 @@ class Muon(FusedOptimizer):
     ) -> None:
         if isinstance(lr, Tensor) and lr.numel() != 1:
             raise ValueError("Tensor lr must be 1-element")
-        if not lr >= 0.0:
+        if not lr >= 0.0:  # with torch's words for this class
             raise ValueError(f"Learning rate should be >= 0 but is: {lr}")
         if not momentum >= 0.0:
             raise ValueError(f"momentum should be >= 0 but is: {momentum}")
@@ -165,9 +168,11 @@ class Muon(FusedOptimizer):
             del self.defaults["betas"]  # where they are, schedulers turn them, and not the momentum
 
     def add_param_group(self, param_group: Group) -> None:
-        # An object of torch's class has no such default.
-        if isinstance(param_group, dict) and not param_group.get("use_muon", self.defaults.get("use_muon", True)):
-            param_group = {"eps": ADAMW_EPS, **param_group}  # the default is that of the norms of matrices
+        use_muon = self.defaults.get("use_muon", True)  # an object of torch's class has no such default
+        if isinstance(param_group, dict) and not param_group.get("use_muon", use_muon):
+            given = not use_muon and self.defaults["eps"] != NORM_EPS
+            eps = self.defaults["eps"] if given else ADAMW_EPS  # the default is that of the norms of matrices
+            param_group = {"eps": eps, **param_group}
         super().add_param_group(param_group)
 
     @staticmethod
@@ -235,7 +240,7 @@ def _product(group: Group, of_group: str) -> Product | None:
     if not use_muon:
         return None
     steps, eps, adjust_lr_fn = group["ns_steps"], group["eps"], group["adjust_lr_fn"]
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
+    if not _is_count(steps, least=0):
         raise ValueError(f"ns_steps{of_group} must be an integer that is not negative, but it is {steps!r}")
     if steps > MOST_STEPS:
         raise ValueError(f"Number of steps must be less than {MOST_STEPS + 1} for computational efficiency")
@@ -243,14 +248,14 @@ def _product(group: Group, of_group: str) -> Product | None:
         raise ValueError(f"Adjust learning rate function {adjust_lr_fn} is not supported")
     if lies_on_device(eps) or not (eps.numel() == 1 if isinstance(eps, Tensor) else is_number(eps)):
         raise TypeError(f"eps{of_group} must be one number, in a tensor only on the CPU, but it is {eps!r}")
-    if not float(eps) >= 0:
+    if not 0 <= float(eps) < math.inf:
         raise ValueError(f"eps{of_group} should be >= 0 but is: {eps}")
     split, split_dim = group.get("split"), group.get("split_dim", -2)
     if split_dim not in (-2, -1):
         raise ValueError(f"split_dim{of_group} must be -2 for rows or -1 for columns, but it is {split_dim!r}")
     if split is not None:
         sizes = (split,) if not isinstance(split, Sequence) else tuple(split)
-        if not sizes or not all(isinstance(size, int) and size > 0 for size in sizes):
+        if not sizes or not all(_is_count(size, least=1) for size in sizes):
             raise ValueError(f"split{of_group} must be a positive integer or sizes that are, but it is {split!r}")
         split = split if isinstance(split, int) else sizes
     iterations = NewtonSchulz.of(_coefficients(group["ns_coefficients"]), steps, float(eps))
@@ -262,10 +267,20 @@ def _coefficients(value: Any) -> Coefficients | str:
         if value not in NAMED:
             raise ValueError(f"ns_coefficients must be numbers or one of {', '.join(map(repr, NAMED))}, not {value!r}")
         return value
-    triples = (value,) if len(value) and all(map(is_number, value)) else tuple(value)
-    if not triples or not all(len(triple) == 3 for triple in triples):
+    values = list(value) if isinstance(value, Iterable) else []
+    triples = [values] if values and all(map(is_number, values)) else values
+    if not triples or not all(map(_is_triple, triples)):
         raise ValueError("Coefficients must be a tuple of exactly 3 values")
     return tuple((float(a), float(b), float(c)) for a, b, c in triples)
+
+
+def _is_triple(value: Any) -> bool:
+    numbers = list(value) if isinstance(value, Iterable) else []
+    return len(numbers) == 3 and all(is_number(number) and math.isfinite(number) for number in numbers)
+
+
+def _is_count(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _check_dims(named: Sequence[tuple[str, tuple[int, ...]]]) -> None:

@@ -392,6 +392,11 @@ OWN_ERRORS = [
     ({"ns_steps": -1}, ValueError, "ns_steps of group 0 must be an integer that is not negative"),
     ({"ns_steps": 2.5}, ValueError, "ns_steps of group 0 must be an integer that is not negative"),
     ({"ns_coefficients": (1.0, 2.0)}, ValueError, "Coefficients must be a tuple of exactly 3 values"),
+    ({"ns_coefficients": 3.4}, ValueError, "Coefficients must be a tuple of exactly 3 values"),
+    ({"ns_coefficients": ((1.0, 2.0, 3.0), 4.0)}, ValueError, "Coefficients must be a tuple of exactly 3 values"),
+    ({"ns_coefficients": (float("nan"), 1.0, 1.0)}, ValueError, "Coefficients must be a tuple of exactly 3 values"),
+    ({"split": True}, ValueError, "split of group 0"),
+    ({"eps": torch.tensor(1e-7, device="meta")}, TypeError, "eps of group 0"),
     ({"ns_coefficients": ()}, ValueError, "Coefficients must be a tuple of exactly 3 values"),
     ({"ns_coefficients": "polar"}, ValueError, "'polar_express'"),
     ({"eps": -1.0}, ValueError, "eps of group 0"),
@@ -497,7 +502,8 @@ def test_eps_of_a_group_of_adamw():
     assert fusedopt.Muon([{"params": others, "use_muon": False}]).param_groups[0]["eps"] == 1e-8
     assert fusedopt.Muon([{"params": others, "use_muon": False, "eps": 1e-6}]).param_groups[0]["eps"] == 1e-6
     assert fusedopt.Muon(parameters([(3, 4)])).param_groups[0]["eps"] == 1e-7
-    assert type(fusedopt.Muon(others, use_muon=False)).__name__ == "Muon"
+    assert fusedopt.Muon(others, use_muon=False).param_groups[0]["eps"] == 1e-8
+    assert fusedopt.Muon(others, use_muon=False, eps=1e-3).param_groups[0]["eps"] == 1e-3
 
 
 def test_schedulers_turn_the_momentum():
