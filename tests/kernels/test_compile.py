@@ -71,17 +71,19 @@ def test_nothing_is_wasted(report):
 def test_bytes_are_those_declared(report, kernel):
     """Counted from the dtypes: of each stream one load and one store, of the gradient one where it is unscaled.
 
-    A state in 8 bits has a scale of 4 bytes for 256 elements.
+    A state in 8 bits has a scale of 4 bytes for 256 elements. The direction of a matrix is not loaded before it is
+    written.
     """
     signature = kernel.signature
     states = [dtype for dtype in signature.states if dtype is not None]
-    kept = {None: [], "master_param": [torch.float32], "kahan_comp": [signature.param]}[signature.kept]
+    kept = {None: [], "nothing": [], "master_param": [torch.float32], "kahan_comp": [signature.param]}[signature.kept]
     wide = torch.float64 if signature.param == torch.float64 else torch.float32
     stored = [signature.param, *states, *kept, *[wide] * signature.averaged]
     loop = report["element_loop"]
     both = sum(dtype.itemsize + 4 / 256 * (dtype.itemsize == 1) for dtype in stored)
     assert loop["bytes_stored"] == both + kernel.unscale * signature.grad.itemsize
-    assert loop["bytes_loaded"] == both + signature.grad.itemsize
+    overwritten = signature.param.itemsize * (signature.update == "direction")
+    assert loop["bytes_loaded"] == both + signature.grad.itemsize - overwritten
     assert loop["elements"] == (4 if torch.float64 in stored and not kernel.scales else 8)
 
 
@@ -108,7 +110,7 @@ def test_accesses_are_wide(compiled, kernel, loop, target):
 def test_no_wide_access_where_nothing_is_aligned(report, kernel):
     """The tail loop, which also steps unaligned parameters, goes element by element: anything wider would fault."""
     assert len(report["loops"]) >= 3  # ptxas may unroll the last one
-    narrow = {f"load {dtype.itemsize}" for dtype in kernel.signature.streams}
+    narrow = {f"load {dtype.itemsize}" for dtype in kernel.read}
     narrow |= {f"store {dtype.itemsize}" for dtype in kernel.written}
     narrow |= {"load 4", "store 4"} if kernel.scales else set()
     assert all(loop.keys() == narrow for loop in report["loops"][2:])
@@ -132,7 +134,7 @@ def test_unaligned_gradient_leaves_the_rest_wide(report, kernel, target):
 
 
 def test_readable_name(report, kernel):
-    assert report["name"] == f"fusedopt_{kernel.optimizer.kernel}_update"
+    assert report["name"] == f"fusedopt_{kernel.optimizer.kernel}_{kernel.signature.update}"
 
 
 # In the code of the aligned loop; 47, 50, 78, 86, 59, 60 and 91 with Triton 3.7, and room for other versions.

@@ -14,7 +14,7 @@ from fusedopt.engines import compiled, direct
 from fusedopt.matrices import batches
 from tests.conftest import DEVICE
 from tests.matrices.exact import exact_products, step, stepped_by_torch  # noqa: F401
-from tests.twins import ENGINES, KERNEL_ENGINES
+from tests.twins import BACKENDS, ENGINES, KERNEL_ENGINES
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
 
@@ -65,7 +65,7 @@ def test_shapes(backend):
 
 
 @pytest.mark.usefixtures("exact_products")
-@pytest.mark.parametrize("backend", ENGINES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "make",
     [

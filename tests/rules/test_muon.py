@@ -52,7 +52,7 @@ def test_equals_torch(case, backend):
         torch.testing.assert_close(optimizer.state[param]["momentum_buffer"], momentum, **CLOSE)
 
 
-@pytest.mark.parametrize("backend", ENGINES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 @pytest.mark.parametrize("case", IN_TORCH, ids=by_id)
 def test_equals_torch_in_the_precision_of_its_products(case, dtype, backend):
@@ -82,8 +82,8 @@ def test_a_momentum_in_bf16_is_not_normalized():
     assert torch.equal(optimizer.state[param]["momentum_buffer"], (0.5 * grad.float()).bfloat16())
 
 
-@pytest.mark.parametrize("backend", ENGINES)
-@pytest.mark.parametrize("mode", [Mode(FP32, {}), *MODES], ids=by_id)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("mode", [Mode(FP32, {}), MODES[3], MODES[8], MODES[-1]], ids=by_id)
 def test_the_group_without_muon_is_adamw(mode, backend):
     """Bit for bit, in a launch of its own."""
     shapes = [(5,), (80, 60)]
@@ -129,7 +129,7 @@ def sgd_of(params, momentum, backend, mode):
     return fusedopt.SGD(params, backend=backend, **options, **mode.options)
 
 
-@pytest.mark.parametrize("backend", ENGINES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("mode", [Mode(FP32, {}), *MODES, Mode(BF16, {"ema_decay": 0.9, "kahan": True})], ids=by_id)
 def test_options_of_the_frame(mode, backend):
     """With a product that changes nothing, and directions that bf16 holds, Muon is SGD with an average of gradients.
@@ -204,7 +204,7 @@ def test_engines_agree(backend):
 
 
 @pytest.mark.usefixtures("exact_products")
-@pytest.mark.parametrize("backend", ENGINES)
+@pytest.mark.parametrize("backend", BACKENDS)
 class TestGate:
     def test_clips_by_the_norm_of_all(self, backend):
         matrices, others = mixed()
