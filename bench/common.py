@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import shlex
@@ -124,3 +125,21 @@ def circumstances_in_words(result: dict[str, Any]) -> str:
         f"torch {result['torch']}, Triton {result['triton']}; commit {result['commit']}, {result['date']}: "
         f"`{result['command']}`"
     )
+
+
+def write(result: dict[str, Any], path: Path, report: str) -> None:
+    """Write a result as JSON, and beside it the table and the figure that `markdown` and `draw` of a module make of it.
+
+    Only the numbers where something is missing that draws.
+    """
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"Numbers: {path}", flush=True)
+    try:
+        made = import_module(report)
+    except ImportError as error:
+        print(f"No table and no figure: {error.name} is not installed", file=sys.stderr)
+        return
+    table, figure = path.with_suffix(".md"), path.with_suffix(".png")
+    table.write_text(made.markdown(result))
+    made.draw(result, figure)
+    print(f"\n{made.markdown(result)}\nTable: {table}, figure: {figure}")

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import cProfile
-import json
 import math
 import pstats
 import sys
@@ -37,6 +36,7 @@ from ..common import (
     file_name,
     usable_device,
     writable_folder,
+    write,
 )
 from ..timing import Call, Spread, Work, host_stopwatch, interleaved, wait_for
 from ..timing import launches as launches_of
@@ -229,14 +229,5 @@ def main() -> int:
         "profiles": profiled,
     }
     path = options.out / f"host-time-{file_name(options.device)}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"Numbers: {path}", flush=True)
-    try:
-        from .report import draw, markdown
-    except ImportError as error:
-        print(f"No table and no figure: {error.name} is not installed", file=sys.stderr)
-        return 0
-    path.with_suffix(".md").write_text(markdown(result))
-    draw(result, path.with_suffix(".png"))
-    print(f"\n{markdown(result)}\nTable: {path.with_suffix('.md')}, figure: {path.with_suffix('.png')}")
+    write(result, path, "bench.host_time.report")
     return 0

@@ -9,13 +9,11 @@ with torch's before anything is timed. `--symmetric` measures something else, on
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from dataclasses import asdict, replace
 
 import torch
 
-from ..common import RESULTS, Parser, circumstances, default_device, file_name, usable_device, writable_folder
+from ..common import RESULTS, Parser, circumstances, default_device, file_name, usable_device, writable_folder, write
 from ..steps.machine import Machine, cpu, gpu
 from ..steps.peers import version
 from . import symmetric
@@ -77,17 +75,7 @@ def main() -> int:
         "aims": aims(rows),
     }
     path = options.out / f"muon-{file_name(options.device)}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"Numbers: {path}", flush=True)
-    try:
-        from .report import draw, markdown
-    except ImportError as error:
-        print(f"No table and no figure: {error.name} is not installed", file=sys.stderr)
-        return 0
-    table, figure = path.with_suffix(".md"), path.with_suffix(".png")
-    table.write_text(markdown(result))
-    draw(result, figure)
-    print(f"\n{markdown(result)}\nTable: {table}, figure: {figure}")
+    write(result, path, "bench.muon.report")
     return 0
 
 

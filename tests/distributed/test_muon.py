@@ -457,6 +457,16 @@ def test_every_rank_has_its_part_of_the_work(backend):
     assert taken.nbytes == 2 * (3 * numel + experts + workspace)
 
 
+def train_both(nets, optimizer, steps):
+    """The first net steps in backward, the second after it."""
+    for step in range(steps):
+        for net in nets:
+            loss_of(net, step).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert all(param.grad is None for param in nets[0].parameters())
+
+
 @both_backends
 @on_ranks(2)
 @multiplied_alone
@@ -465,12 +475,7 @@ def test_step_in_backward(backend):
     nets = [make_net(line_mesh()) for _ in range(2)]
     steps = fusedopt.step_in_backward(nets[0], lambda params: make_optimizer(nets[0], backend=backend))
     optimizer = make_optimizer(nets[1], backend=backend)
-    for step in range(2):
-        for net in nets:
-            loss_of(net, step).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        assert all(param.grad is None for param in nets[0].parameters())
+    train_both(nets, optimizer, 2)
     for param, twin in zip(*(net.parameters() for net in nets), strict=True):
         assert torch.equal(param.full_tensor(), twin.full_tensor())
     steps_taken = [part._stepper.plan._step for part in steps._parts.values()]
@@ -487,12 +492,7 @@ def test_step_in_backward_in_one_process(backend, device):
     nets = make_net(device=device), make_net(device=device)
     steps = fusedopt.step_in_backward(nets[0], lambda params: make_optimizer(nets[0], backend=backend))
     optimizer = make_optimizer(nets[1], backend=backend)
-    for step in range(3):
-        for net in nets:
-            loss_of(net, step).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        assert all(param.grad is None for param in nets[0].parameters())
+    train_both(nets, optimizer, 3)
     assert_same_bits(*nets, (steps.optimizer, optimizer))
 
 

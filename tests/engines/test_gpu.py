@@ -39,6 +39,15 @@ def warmed_up(optimizer):
     return optimizer
 
 
+def new_numbers(optimizers, seed, options):
+    """Gradients, and the learning rate of the first group, which is a tensor. Once a step that the options skip."""
+    for optimizer in optimizers:
+        static_grads(optimizer, seed)
+        optimizer.param_groups[0]["lr"].fill_(0.1 / seed)
+        if seed == 4:
+            params_of(optimizer)[0].grad.fill_(float("inf") if options else 1.0)
+
+
 @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.5, "skip_nonfinite": True, "ema_decay": 0.9}], ids=str)
 def test_replays_follow_a_tensor_lr(options):
     lr = torch.tensor(0.1, device="cuda")
@@ -49,13 +58,7 @@ def test_replays_follow_a_tensor_lr(options):
     with torch.cuda.graph(graph):
         optimizer.step()
     for seed in range(2, 8):
-        static_grads(optimizer, seed)
-        static_grads(twin, seed)
-        lr.fill_(0.1 / seed)
-        twin.param_groups[0]["lr"].fill_(0.1 / seed)
-        if seed == 4:
-            params_of(optimizer)[0].grad.fill_(float("inf") if options else 1.0)
-            params_of(twin)[0].grad.fill_(float("inf") if options else 1.0)
+        new_numbers((optimizer, twin), seed, options)
         junk = [torch.full((1000,), 7, dtype=torch.int64).pin_memory() for _ in range(20)]  # takes what was freed
         graph.replay()
         twin.step()
@@ -145,13 +148,7 @@ def test_a_step_of_matrices_is_captured(options):
     with torch.cuda.graph(graph):
         optimizer.step()
     for seed in range(2, 8):
-        static_grads(optimizer, seed)
-        static_grads(twin, seed)
-        lr.fill_(0.1 / seed)
-        twin.param_groups[0]["lr"].fill_(0.1 / seed)
-        if seed == 4:
-            params_of(optimizer)[0].grad.fill_(float("inf") if options else 1.0)
-            params_of(twin)[0].grad.fill_(float("inf") if options else 1.0)
+        new_numbers((optimizer, twin), seed, options)
         optimizer.step() if seed == 5 else graph.replay()
         twin.step()
         torch.cuda.synchronize()

@@ -4,17 +4,15 @@ The compilation runs once, in a process of its own: an interpreted function cann
 """
 
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.kernels.compiled_kernels import PREPARES, SQUARES, TESTED, UPDATES, compiled_for, prepared_for
-from tests.once import once
+from tests.once import compiled_by, once
 
 ROOT = Path(__file__).parents[2]
 COMPILED = [(kernel, target) for kernel in UPDATES for target in compiled_for(kernel)]
@@ -30,17 +28,9 @@ BEFORE += [(kernel, target, f"fusedopt_sum_squares_{kernel.dtype}") for kernel i
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory):
     """The reports by "<kernel> <target>"."""
-    return json.loads(once(tmp_path_factory, "compiled_kernels.json", _compile_all))
-
-
-def _compile_all(directory):
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(directory / "triton_cache")}
-    command = [sys.executable, "-m", "tests.kernels.compiled_kernels"]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
-    assert run.returncode == 0, run.stderr
-    assert "FP_FUSION" not in run.stderr  # Triton 3.9 warns of compilations that leave it to the default
-    return run.stdout
+    return json.loads(
+        once(tmp_path_factory, "compiled_kernels.json", partial(compiled_by, "tests.kernels.compiled_kernels"))
+    )
 
 
 @pytest.fixture(params=COMPILED, ids=lambda pair: f"{pair[0].id}-{pair[1]}")

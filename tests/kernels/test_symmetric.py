@@ -1,9 +1,9 @@
 """Symmetric products against float64, bit for bit symmetric, in half of the work; and what they are compiled to."""
 
 import json
-import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.bounded import exact
-from tests.once import once
+from tests.once import compiled_by, once
 from tests.tolerance import ulp
 
 pytest.importorskip("triton")
@@ -204,17 +204,9 @@ def test_it_is_chosen_where_triton_drives_the_device(monkeypatch):
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory):
     """What `compiled_products` reports."""
-    return json.loads(once(tmp_path_factory, "compiled_products.json", _compile_all))
-
-
-def _compile_all(directory):
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(directory / "products_triton_cache")}
-    command = [sys.executable, "-m", "tests.kernels.compiled_products"]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
-    assert run.returncode == 0, run.stderr
-    assert "FP_FUSION" not in run.stderr
-    return run.stdout
+    return json.loads(
+        once(tmp_path_factory, "compiled_products.json", partial(compiled_by, "tests.kernels.compiled_products"))
+    )
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
